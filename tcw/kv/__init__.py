@@ -1,0 +1,3 @@
+"""KV-cache policies: one policy a file."""
+
+ENGINE: tuple[str, ...] = ()  # modules here that are not methods

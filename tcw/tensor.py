@@ -1,0 +1,85 @@
+"""A tensor as bytes with a name, a dtype and a shape: what sources give, codecs take and artifacts store.
+
+NumPy has no BF16 or FP8 and importing torch takes seconds, so the streaming path speaks in raw little-endian
+bytes and the dtype names of safetensors ("BF16", "F8_E4M3", ...).
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from tcw.errors import FormatError
+
+# safetensors dtype name -> bits per element
+DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
+
+# NumPy dtype of a part -> safetensors dtype name; parts of compressed tensors are plain integers and floats
+PART_DTYPES: dict[str, str] = {
+    "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
+    "uint64": "U64", "int64": "I64", "float16": "F16", "float32": "F32", "float64": "F64",
+}  # fmt: skip
+
+_UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, safetensors dtype and shape of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BITS:
+            raise FormatError(f"tensor `{self.name}` has the unknown dtype `{self.dtype}`")
+        if any(not isinstance(d, int) or isinstance(d, bool) or d < 0 for d in self.shape):
+            raise FormatError(f"tensor `{self.name}` has the impossible shape {list(self.shape)}")
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bits(self) -> int:
+        """Bits per element."""
+        return DTYPE_BITS[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.bits // 8
+
+
+@dataclass(frozen=True)
+class TensorData:
+    """A tensor's bytes: `data` is uint8 [info.nbytes], contiguous, little-endian, row-major."""
+
+    info: TensorInfo
+    data: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.data.dtype != np.uint8 or self.data.ndim != 1 or self.data.size != self.info.nbytes:
+            raise FormatError(
+                f"tensor `{self.info.name}` should hold {self.info.nbytes} bytes "
+                f"({self.info.dtype} {list(self.info.shape)}), got {self.data.size}"
+            )
+
+    @property
+    def words(self) -> np.ndarray:
+        """The bit patterns as unsigned integers of the element's width, [numel]. A view, no copy."""
+        return self.data.view(_UNSIGNED[self.info.bits])
+
+    def sha256(self) -> str:
+        """Hex SHA-256 of the bytes."""
+        return hashlib.sha256(self.data).hexdigest()

@@ -1,0 +1,3 @@
+"""Token pruning and merging: one method a file."""
+
+ENGINE: tuple[str, ...] = ()  # modules here that are not methods
