@@ -1,0 +1,271 @@
+"""Recipe + Source -> artifact, tensor by tensor.
+
+    read ─► hash ─► encode        in workers, several tensors at once, never more than a window of bytes
+                      └─► write   here, in the source's order
+
+The unit of work is `compress_tensor`, a plain function of plain arguments, so threads, processes or a cluster are a
+choice of executor. Memory is bounded by the window and the largest tensor, never by the model.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tcw.artifact import RAW, SAME, file_sha256
+from tcw.artifact_writer import ArtifactWriter, Stored
+from tcw.errors import ResourceError, SourceError, UsageError
+from tcw.events import Progress, Report, silent
+from tcw.memory import peak_memory, peak_of
+from tcw.recipe import Recipe, Step
+from tcw.source import Source
+from tcw.tensor import TensorInfo
+from tcw.weights import WeightMethod
+
+WINDOW_BYTES = 256 << 20  # of original tensors at work at once; a larger tensor is at work alone
+_SAMPLE_BYTES = 64 << 20  # a plan looks at this much of a tensor
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """What a run would do with one tensor."""
+
+    info: TensorInfo
+    method: str
+    predicted_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, without doing it."""
+
+    recipe: Recipe
+    tensors: tuple[PlannedTensor, ...]
+    peak_memory_bytes: int
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes of all tensors as they are."""
+        return sum(t.info.nbytes for t in self.tensors)
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes of all tensors as they would be stored."""
+        return sum(t.predicted_bytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """What a run did. Bytes are of whole weight files, headers included."""
+
+    artifact: Path
+    methods: list[str]
+    bytes_original: int
+    bytes_compressed: int
+    bits_per_weight: float
+    tensors_total: int
+    tensors_compressed: int
+    tensors_kept: int
+    kept_reasons: dict[str, int]
+    seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Compressed over original bytes."""
+        return self.bytes_compressed / self.bytes_original if self.bytes_original else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The report under the keys of docs/cli.md."""
+        fields = asdict(self)
+        sizes = {"original": self.bytes_original, "compressed": self.bytes_compressed, "ratio": self.ratio}
+        tensors = {k: fields[f"tensors_{k}"] for k in ("total", "compressed", "kept")}
+        rest = {k: fields[k] for k in ("methods", "bits_per_weight", "kept_reasons", "seconds", "peak_memory_bytes")}
+        return {"artifact": str(self.artifact), "bytes": sizes, "tensors": tensors, **rest}
+
+
+def compress_tensor(source: Source, name: str, steps: tuple[Step, ...]) -> Stored:
+    """Read, hash and encode one tensor: the first step that covers, wants and shrinks it decides."""
+    tensor = source.read(name)
+    digest = tensor.sha256()
+    reason = "no method wants it"
+    for step in steps:
+        method = _weight_method(step)
+        if not step.covers(name) or not method.wants(tensor.info):
+            continue
+        encoded = method.encode(tensor)
+        if encoded is not None:
+            return Stored(tensor.info, step.method, digest, encoded.parts, encoded.params)
+        reason = f"{step.method} would not make it smaller"
+    return Stored(tensor.info, RAW, digest, {"": tensor.data}, reason=reason)
+
+
+def plan(source: Source, recipe: Recipe, *, progress: Report = silent) -> Plan:
+    """Predict what `compress` would write, from the tensors' real bits (large ones sampled), writing nothing."""
+    _check(source, recipe)
+    infos = source.tensors()
+    total, done = sum(i.nbytes for i in infos.values()), 0
+    planned = []
+    with _executor(0) as pool:
+        for result in pool.map(_plan_tensor, *zip(*((source, n, recipe.steps) for n in infos), strict=True)):
+            planned.append(result)
+            done += result.info.nbytes
+            progress(Progress("plan", done, total, "bytes", result.info.name))
+    largest = max((i.nbytes for i in infos.values()), default=0)
+    return Plan(recipe, tuple(planned), (1 << 30) + 2 * largest)
+
+
+def _plan_tensor(source: Source, name: str, steps: tuple[Step, ...]) -> PlannedTensor:
+    info = source.tensors()[name]
+    for step in steps:
+        method = _weight_method(step)
+        if step.covers(name) and method.wants(info):
+            sample = source.sample(name, _SAMPLE_BYTES)
+            scale = info.nbytes / max(sample.info.nbytes, 1)
+            predicted = round(method.predict(sample) * scale)
+            if predicted < info.nbytes:
+                return PlannedTensor(info, step.method, predicted)
+    return PlannedTensor(info, RAW, info.nbytes)
+
+
+def compress(
+    source: Source,
+    recipe: Recipe,
+    out: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    workers: int = 0,
+    progress: Report = silent,
+) -> CompressReport:
+    """Run a recipe over a model and write the artifact.
+
+    Args:
+        source: where the tensors come from; it is only read.
+        recipe: what to do with them.
+        out: the folder to write; its parent must exist.
+        force: replace what stands there, if it is a model folder.
+        resume: go on with the `.partial` folder of an interrupted run.
+        workers: 0: threads, one a core; N > 0: N processes.
+        progress: is told after every tensor.
+
+    Raises:
+        UsageError, OutputExists: `out` cannot be used as asked.
+        SourceError: the model is damaged, or changed while it was read.
+        ResourceError: no space or no memory left; `resume` goes on.
+    """
+    _check(source, recipe)
+    start = time.monotonic()
+    writer = ArtifactWriter(source, recipe.to_json(), out, _part_names(recipe.steps), force=force, resume=resume)
+    reasons: dict[str, int] = {}
+    hasher = ThreadPoolExecutor(1)
+    try:
+        hashes = {path.name: hasher.submit(file_sha256, path) for path in source.weight_files()}
+        with closing(_results(source, recipe, writer, workers, progress)) as results:
+            for stored in results:
+                writer.add(stored)
+                if stored.reason:
+                    reasons[stored.reason] = reasons.get(stored.reason, 0) + 1
+        source_hashes = {name: future.result() for name, future in hashes.items()}
+        source.check_unchanged()
+        artifact = writer.finish(source_hashes)
+    finally:
+        hasher.shutdown(wait=False, cancel_futures=True)
+        writer.close()
+    return _report(source, recipe, writer, artifact, reasons, time.monotonic() - start, workers)
+
+
+def _check(source: Source, recipe: Recipe) -> None:
+    if source.quantized_by:
+        raise SourceError(
+            f"`{source.id}` is already quantised by {source.quantized_by}", "start from the original model"
+        )
+    for step in recipe.steps:
+        _weight_method(step)
+
+
+def _weight_method(step: Step) -> WeightMethod:
+    method = step.build()
+    if not isinstance(method, WeightMethod):
+        raise UsageError(f"`{step.method}` is not a method for weights")
+    return method
+
+
+def _part_names(steps: tuple[Step, ...]) -> Any:
+    """Names of the parts that a tensor may be stored as: the most that one of the steps could make of it."""
+
+    def names(info: TensorInfo) -> tuple[str, ...]:
+        built = [_weight_method(s) for s in steps if s.covers(info.name)]
+        return max((m.part_names(info) for m in built if m.wants(info)), key=len, default=())
+
+    return names
+
+
+def _results(
+    source: Source, recipe: Recipe, writer: ArtifactWriter, workers: int, progress: Report
+) -> Generator[Stored, None, None]:
+    """Compress what is left to do, some tensors at once, and give the results in order."""
+    total = sum(i.nbytes for i in writer.order)
+    todo = deque(i for i in writer.order if i.name not in writer.entries)
+    done = total - sum(i.nbytes for i in todo)
+    running: deque[tuple[TensorInfo, Future[Stored]]] = deque()
+    with _executor(workers) as pool:
+        try:
+            while todo or running:
+                busy = sum(i.nbytes for i, _ in running)
+                while todo and (not running or busy + todo[0].nbytes <= WINDOW_BYTES):
+                    info = todo.popleft()
+                    running.append((info, pool.submit(compress_tensor, source, info.name, recipe.steps)))
+                    busy += info.nbytes
+                info, future = running.popleft()
+                stored = future.result()
+                del future
+                yield stored
+                del stored
+                done += info.nbytes
+                progress(Progress("compress", done, total, "bytes", info.name))
+        except BrokenProcessPool:
+            raise ResourceError(
+                "a worker process died, most likely for want of memory", "use fewer `--workers`, then `--resume`"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _executor(workers: int) -> Executor:
+    if workers < 0:
+        raise UsageError(f"`--workers` takes 0 or more, got `{workers}`")
+    if workers == 0:
+        return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+def _report(
+    source: Source, recipe: Recipe, writer: ArtifactWriter, artifact: Path, reasons: dict[str, int], seconds: float,
+    workers: int,
+) -> CompressReport:  # fmt: skip
+    entries = writer.entries.values()
+    kept = sum(e.method == RAW for e in entries)
+    original = sum(p.stat().st_size for p in source.weight_files())
+    compressed = sum(p.stat().st_size for p in artifact.glob("model-*.safetensors"))
+    weights = sum(e.info.numel for e in entries if e.method != SAME)
+    return CompressReport(
+        artifact=artifact,
+        methods=[s.spec() for s in recipe.steps],
+        bytes_original=original,
+        bytes_compressed=compressed,
+        bits_per_weight=compressed * 8 / weights if weights else 0.0,
+        tensors_total=len(entries),
+        tensors_compressed=len(entries) - kept,
+        tensors_kept=kept,
+        kept_reasons=reasons,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory() + workers * peak_of("RUSAGE_CHILDREN"),
+    )

@@ -1,0 +1,75 @@
+"""Output folders that appear whole or not at all: written beside their place as `.partial`, renamed at the end.
+
+A crash leaves the `.partial`; it never leaves a folder that looks finished. What stands in the way is replaced only
+when asked for, and only if it is a model folder: `--force` must never be able to delete somebody's home.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from tcw.disk import sync_folder
+from tcw.errors import OutputExists, UsageError
+
+_MARKS = ("tcw.json", "config.json")  # what a folder must hold to be replaceable
+
+
+def partial_path(out: Path) -> Path:
+    """Where the output is written until it is whole."""
+    return out.with_name(out.name + ".partial")
+
+
+def claim(out: Path, inputs: list[Path], *, force: bool) -> Path:
+    """Check that `out` may be written and return its `.partial` path (which may exist, from an interrupted run).
+
+    Args:
+        out: the folder to be.
+        inputs: files and folders that are read; `out` may not be, hold or lie in one of them.
+        force: allow an existing model folder to be replaced.
+    """
+    out = out.absolute()
+    for path in inputs:
+        read, write = path.resolve(), out.resolve()
+        if write == read or read.is_relative_to(write) or (path.is_dir() and write.is_relative_to(read)):
+            raise UsageError(f"`{out.name}` and the model `{path.name}` overlap", "choose another folder with `-o`")
+    if not out.name or not out.parent.is_dir():
+        raise UsageError(f"there is no folder `{out.parent}` to write `{out.name}` into", "create it, or change `-o`")
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"cannot write into `{out.parent}`", "choose another folder with `-o`")
+    if out.exists() or out.is_symlink():
+        if not force:
+            raise OutputExists(f"`{out.name}` exists", "pass `--force` to replace it")
+        if not _replaceable(out):
+            raise OutputExists(
+                f"`{out.name}` exists and is not a model folder", "`--force` replaces model folders only"
+            )
+    return partial_path(out)
+
+
+def publish(out: Path) -> None:
+    """Rename the finished `.partial` into place; what stood there goes only after that has worked."""
+    partial, old = partial_path(out), out.with_name(out.name + ".old")
+    sync_folder(partial)
+    if out.exists():
+        remove(old)
+        out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    sync_folder(out.parent)
+    remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder of ours, if it is there."""
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+
+
+def _replaceable(out: Path) -> bool:
+    if out.is_symlink() or not out.is_dir():
+        return False
+    return any((out / mark).is_file() for mark in _MARKS) or not any(out.iterdir())
