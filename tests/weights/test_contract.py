@@ -1,0 +1,107 @@
+"""What every weight method must do, found by its file: a new method is tested with no edit here."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tcw import methods
+from tcw.errors import FormatError
+from tcw.tensor import PART_DTYPES, TensorData, TensorInfo
+from tcw.weights import Encoded, WeightMethod
+
+NAMES = methods.names("weights")
+WIDTH = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+def gaussian(dtype: str, shape: tuple[int, ...], seed: int = 0) -> TensorData:
+    """Weights as a trained layer has them."""
+    values = np.random.default_rng(seed).normal(0, 0.02, shape).astype(np.float32)
+    if dtype == "BF16":
+        words = (values.view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        words = values.astype({"F16": np.float16, "F32": np.float32}[dtype])
+    return TensorData(TensorInfo("model.layers.0.mlp.up_proj.weight", dtype, shape), words.reshape(-1).view(np.uint8))
+
+
+def build(name: str) -> WeightMethod:
+    method = methods.build(name, {})
+    assert isinstance(method, WeightMethod)
+    return method
+
+
+def encode(name: str, tensor: TensorData) -> Encoded:
+    encoded = build(name).encode(tensor)
+    assert encoded is not None, "a Gaussian matrix should be worth storing"
+    return encoded
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", WIDTH)
+@pytest.mark.parametrize("shape", [(128, 96), (257, 129), (4, 32, 3, 33)])
+def test_round_trip(name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    method, tensor = build(name), gaussian(dtype, shape)
+    if not method.wants(tensor.info):
+        pytest.skip(f"{name} leaves {dtype} {shape} alone")
+    encoded = encode(name, tensor)
+    decoded = type(method).decode(tensor.info, encoded)
+    assert decoded.info == tensor.info
+    if method.lossless:
+        assert np.array_equal(decoded.data, tensor.data)
+    assert encoded.nbytes < tensor.info.nbytes
+    assert set(encoded.parts) <= set(method.part_names(tensor.info))
+    assert all(part.dtype.name in PART_DTYPES and part.flags.c_contiguous for part in encoded.parts.values())
+    assert json.loads(json.dumps(encoded.params)) == encoded.params
+    assert method.predict(tensor) == pytest.approx(encoded.nbytes, rel=0.005)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_input_same_bytes(name: str) -> None:
+    first, again = (encode(name, gaussian("BF16", (300, 200))) for _ in range(2))
+    assert first.params == again.params
+    assert all(np.array_equal(first.parts[p], again.parts[p]) for p in first.parts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_input_is_not_touched(name: str) -> None:
+    tensor = gaussian("BF16", (128, 96))
+    before = tensor.data.copy()
+    tensor.data.flags.writeable = False
+    encode(name, tensor)
+    assert np.array_equal(tensor.data, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_that_do_not_fit_are_refused(name: str) -> None:
+    method, tensor = build(name), gaussian("BF16", (128, 96))
+    encoded = encode(name, tensor)
+    for key, part in encoded.parts.items():
+        for wrong in (part[:-1], np.concatenate([part, part[-1:]]), part[:0], part.astype(np.float64)):
+            with pytest.raises(FormatError):
+                type(method).decode(tensor.info, Encoded({**encoded.parts, key: wrong}, encoded.params))
+        with pytest.raises(FormatError):
+            rest = {k: v for k, v in encoded.parts.items() if k != key}
+            type(method).decode(tensor.info, Encoded(rest, encoded.params))
+    for shape in ((128, 97), (1 << 24, 1 << 20), (0, 4), (64, 96)):
+        with pytest.raises(FormatError):
+            type(method).decode(dataclasses.replace(tensor.info, shape=shape), encoded)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wrong", [None, "many", -1, 1 << 70, [], True, 0.5])
+def test_params_that_lie_are_refused(name: str, wrong: Any) -> None:
+    method, tensor = build(name), gaussian("BF16", (128, 96))
+    encoded = encode(name, tensor)
+    for key in encoded.params:
+        with pytest.raises(FormatError):
+            type(method).decode(tensor.info, Encoded(encoded.parts, {**encoded.params, key: wrong}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_class_is_a_frozen_dataclass_with_described_options(name: str) -> None:
+    cls = methods.get(name)
+    assert dataclasses.is_dataclass(cls)
+    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert all(f.metadata.get("help") for f in dataclasses.fields(cls))
