@@ -208,7 +208,11 @@ class StreamWriter:
         """Create `path` (it must not exist) with room for a header of `reserve_header` bytes, see `header_bound`."""
         with writing(path):
             self._start(path, reserve_header, metadata, "xb")
-            self._write(bytes(self._base))
+            try:
+                self._write(bytes(self._base))
+            except BaseException:
+                self._file.close()
+                raise
 
     def _start(self, path: Path, reserve_header: int, metadata: dict[str, str] | None, mode: str) -> None:
         if reserve_header > MAX_HEADER:

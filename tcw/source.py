@@ -218,10 +218,10 @@ def _nothing(text: str, path: Path) -> SourceError:
         beside = [p.name for p in path.parent.iterdir()]
     except OSError:
         beside = []
-    if near := difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6):
-        hint = f"did you mean `{path.parent / near[0]}`?"
-    elif "smol" in text.lower() or "demo" in text.lower():
+    if difflib.get_close_matches(text.lower(), ["smollm2", "demo:smollm2"], n=1, cutoff=0.8):
         hint = "did you mean `demo:smollm2`?"
+    elif near := difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6):
+        hint = f"did you mean `{path.parent / near[0]}`?"
     else:
         hint = "give a model folder, a hub id `org/name`, a .gguf file or `demo:smollm2`"
     return SourceError(f"there is no model `{ascii(text)[1:-1]}`", hint)
