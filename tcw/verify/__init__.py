@@ -1,0 +1,145 @@
+"""Verify: an artifact against its source, and the answer is the exit code.
+
+    tensors   every tensor decoded, its SHA-256 against the manifest; with a reference, byte for byte against it
+    suites    with a reference: what both models put out for the same inputs (tcw/verify/suites, one suite a file)
+    limits    what the recipe or the caller allows; only a limit that was measured and holds can make "equivalent"
+
+"identical": every file and tensor is bit for bit what it should be, and so is all output that was compared.
+"equivalent": something differs, and every limit that was measured holds. "different": anything else.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from tcw.artifact import Artifact
+from tcw.errors import SourceError, UnknownName, UsageError
+from tcw.events import Report, silent
+from tcw.recipe import LIMITS
+from tcw.source import Source
+from tcw.verify import suites as registry
+from tcw.verify.suites import Job, Measured
+from tcw.verify.tensors import check_tensors, lossy_tensors
+from tcw.verify.verdict import Limit, Verdict, decide, hold
+
+__all__ = ["Limit", "Verdict", "verify"]
+
+_MAX_TEXT = 64 << 20
+
+
+def verify(
+    artifact: Source,
+    reference: Source | None = None,
+    *,
+    suites: Iterable[str] = (),
+    tensors_only: bool = False,
+    text: Path | None = None,
+    limits: dict[str, float | None] | None = None,
+    progress: Report = silent,
+    device: str = "auto",
+) -> Verdict:
+    """Compare a model with what it was made of; an artifact remembers the verdict in its manifest.
+
+    Args:
+        artifact: what to judge; any source can be judged against a reference, an artifact also against its manifest.
+        reference: the model it should be.
+        suites: names of further suites to run; `outputs` always runs when there is a reference.
+        tensors_only: compare no output, run no model.
+        text: a UTF-8 file to measure perplexity on instead of the bundled text.
+        limits: values that override the recipe's (`max_kl`, `min_top1`, `max_ppl_rise`); None leaves the recipe's.
+        progress: is told after every tensor, file and prompt.
+        device: where models run: "auto", "cpu", "cuda", "cuda:1", "mps".
+
+    Raises:
+        UnknownName: no such suite or limit.
+        UsageError: there is nothing to compare with.
+        SourceError, FormatError: the reference or the text cannot be read.
+    """
+    start = time.monotonic()
+    asked = _check_limits(limits or {})
+    names = list(dict.fromkeys(suites))
+    runs = [registry.get(name) for name in names]
+    _check_question(artifact, reference, bool(names) and tensors_only, bool(asked) and tensors_only, bool(asked))
+    if reference is not None and not tensors_only and "outputs" not in names:
+        runs.insert(0, registry.get("outputs"))
+    job = Job(artifact, reference, _read_text(text), device, progress)
+    tensors = check_tensors(artifact, reference, progress)
+    measured = _run(runs, job, "only tensors were asked for" if tensors_only else "", tensors.damaged)
+    recipe = artifact.limits() if isinstance(artifact, Artifact) else {}
+    held = hold(recipe, asked, measured.sections, measured.skipped)
+    verdict = Verdict(
+        verdict=decide(tensors, measured.identical, held),
+        artifact=artifact.id,
+        reference=reference.id if reference else None,
+        tensors=tensors,
+        sections=measured.sections,
+        limits=held,
+        sequences=measured.sequences,
+        skipped=measured.skipped,
+        seconds=time.monotonic() - start,
+    )
+    if isinstance(artifact, Artifact):
+        with suppress(OSError):  # a read-only folder can be verified, it just cannot remember it
+            artifact.record_verdict(verdict.to_json())
+    return verdict
+
+
+def _run(runs: list[Callable[[Job], Measured]], job: Job, why_not: str, damaged: bool) -> Measured:
+    """Run the suites, or say in `skipped` why no output was compared."""
+    measured = Measured()
+    if not why_not and not runs:
+        why_not = "there is no reference to compare with"
+    elif not why_not and damaged:
+        why_not = "the artifact is damaged"
+    if why_not:
+        measured.skipped["outputs"] = why_not
+        return measured
+    for run in runs:
+        measured.add(run(job))
+    return measured
+
+
+def _check_limits(limits: dict[str, float | None]) -> dict[str, float]:
+    asked = {}
+    for name, value in limits.items():
+        if name not in LIMITS:
+            raise UnknownName("limit", name, LIMITS)
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < 0:
+            raise UsageError(f"the limit `{name}` must be a number of 0 or more, got `{value}`")
+        asked[name] = float(value)
+    return asked
+
+
+def _check_question(
+    artifact: Source, reference: Source | None, suite_but_no_run: bool, limit_but_no_run: bool, limit: bool
+) -> None:
+    """Refuse what could only be answered by guessing."""
+    if suite_but_no_run or limit_but_no_run:
+        what = "a suite" if suite_but_no_run else "a limit on output"
+        raise UsageError(f"{what} needs the model to run, `--tensors-only` forbids it", "leave out `--tensors-only`")
+    if reference is not None:
+        return
+    hint = "give the model it should equal: `--reference MODEL`"
+    if not isinstance(artifact, Artifact):
+        raise UsageError(f"`{artifact.id}` is not an artifact and has no manifest to be checked against", hint)
+    if limit:
+        raise UsageError("a limit on output needs a reference to compare with", hint)
+    if lossy := lossy_tensors(artifact):
+        raise UsageError(f"`{lossy[0]}` of `{artifact.id}` is stored lossy, the manifest alone cannot judge it", hint)
+
+
+def _read_text(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        if path.stat().st_size > _MAX_TEXT:
+            raise SourceError(f"`{path.name}` is larger than {_MAX_TEXT} bytes", "a few hundred kilobytes are enough")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SourceError(f"cannot read the text `{path.name}`: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SourceError(f"`{path.name}` is not UTF-8 text: {error.reason} at byte {error.start}") from None

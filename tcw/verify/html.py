@@ -1,0 +1,99 @@
+"""The verdict as one self-contained HTML page: no script, no network, light and dark."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from tcw.verify.verdict import Limit, Verdict
+
+_TEMPLATE = Path(__file__).with_name("verdict.html.j2")
+_MEANING = {
+    "identical": "every tensor, and all output that was compared, is the same bit for bit",
+    "equivalent": "not the same bits, and every limit holds",
+    "different": "not what it should be",
+}
+_SHOWN = 200  # tensors that differ, in the page
+
+
+def render(verdict: Verdict) -> str:
+    """Write the verdict as an HTML page; everything that came from a file is escaped."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "percent": _percent}
+    differing = [
+        (n, verdict.tensors.reasons[n], verdict.tensors.relative_error.get(n)) for n in verdict.tensors.different
+    ]
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        verdict=verdict,
+        meaning=_MEANING[verdict.verdict],
+        checks=_checks(verdict),
+        differing=differing[:_SHOWN],
+        hidden=max(0, len(differing) - _SHOWN),
+        bars=_bars(verdict),
+        texts=[s for s in verdict.sequences if s.perplexity],
+    )
+
+
+def _checks(verdict: Verdict) -> list[tuple[str, str, str, str, bool]]:
+    """Rows of (check, reference, artifact, limit, holds)."""
+    limits = {limit.name: limit for limit in verdict.limits}
+    sections = verdict.sections
+    tensors = verdict.tensors
+    rows = [
+        ("files unchanged", "", f"{len(tensors.files)} changed" if tensors.files else "yes", "", not tensors.files),
+        ("tensors identical", f"{tensors.checked}", f"{tensors.identical}", "", not tensors.different),
+    ]
+    if logits := sections.get("logits"):
+        same = logits["bit_identical"]
+        rows += [
+            ("outputs bit for bit", "", "identical" if same else "different", "", same),
+            ("largest difference", "", _number(logits["max_abs_diff"]), "", logits["max_abs_diff"] == 0),
+            ("mean KL, nats", "", _number(logits["mean_kl"]), *_limit(limits, "max_kl", logits["mean_kl"] == 0)),
+            ("top-1 agreement", "", _percent(logits["top1_agreement"]),
+             *_limit(limits, "min_top1", logits["top1_agreement"] == 1)),
+        ]  # fmt: skip
+    if found := sections.get("generation"):
+        rows.append(
+            ("greedy tokens before the first that differs", f"{found['tokens']}", f"{found['identical_tokens']}", "",
+             found["tokens"] == found["identical_tokens"])
+        )  # fmt: skip
+    if found := sections.get("perplexity"):
+        shown = f"{_number(found['artifact'])} ({_percent(found['rise'], signed=True)})"
+        rows.append(
+            ("perplexity", _number(found["reference"]), shown, *_limit(limits, "max_ppl_rise", found["rise"] == 0))
+        )
+    return rows
+
+
+def _limit(limits: dict[str, Limit], name: str, exact: bool) -> tuple[str, bool]:
+    limit = limits.get(name)
+    if limit is None:
+        return "", exact
+    side = "at most" if name.startswith("max_") else "at least"
+    shown = _number(limit.limit) if name == "max_kl" else _percent(limit.limit)
+    return f"{side} {shown}", limit.ok
+
+
+def _bars(verdict: Verdict) -> list[dict[str, Any]]:
+    """KL of each input as a bar, on a scale from zero to the largest."""
+    known = [s for s in verdict.sequences if s.kl is not None]
+    top = max((s.kl for s in known if s.kl is not None and math.isfinite(s.kl)), default=0.0) or 1.0
+    return [
+        {"label": " ".join(s.label.split()), "kl": s.kl, "top1": s.top1, "positions": s.positions,
+         "width": round(100 * min(1.0, s.kl / top), 1) if s.kl is not None and math.isfinite(s.kl) else 100}
+        for s in known
+    ]  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    """Four digits that matter, or a dash."""
+    if value is None or not math.isfinite(value):
+        return "–" if value is None else str(value)
+    return "0" if value == 0 else f"{value:.4g}"
+
+
+def _percent(value: float | None, signed: bool = False) -> str:
+    if value is None or not math.isfinite(value):
+        return _number(value)
+    return f"{100 * value:{'+' if signed else ''}.2f} %"

@@ -1,0 +1,71 @@
+"""Run a model over inputs: its outputs, one at a time, and its greedy tokens."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tcw.device import pick
+from tcw.errors import SourceError
+from tcw.source import Source
+from tcw.verify.inputs import Feed
+
+
+@contextmanager
+def loaded(source: Source, device: str) -> Iterator[Any]:
+    """Load a model for comparison, and free its memory when done.
+
+    On a CPU it computes in float32 when that fits in half of the free memory, so that a small difference in a weight
+    is not rounded away on the way to the output. Both models are loaded in the same way: their bits can be compared.
+    """
+    from tcw.runtime.load import load
+
+    place = pick(device)
+    single = sum(4 * info.numel for info in source.tensors().values())
+    dtype = torch.float32 if place.kind == "cpu" and single < place.free_bytes // 2 else None
+    model = load(source, device=device, dtype=dtype)
+    model.eval()
+    try:
+        yield model
+    finally:
+        del model
+        gc.collect()
+        if place.kind == "cuda":
+            torch.cuda.empty_cache()
+
+
+def output(model: Any, feed: Feed) -> tuple[torch.Tensor, bool]:
+    """The model's main output for one input, on the CPU without the batch axis, and whether it is logits."""
+    with torch.inference_mode():
+        result = model(**_placed(model, feed))
+    for name in ("logits", "last_hidden_state", "logits_per_image"):
+        if isinstance(result.get(name), torch.Tensor):
+            return result[name][0].cpu(), name == "logits"
+    tensors = [v for v in result.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    if not tensors:
+        raise SourceError(f"`{type(model).__name__}` gives no output that could be compared", "`--tensors-only`")
+    return tensors[0].cpu(), False
+
+
+def greedy(model: Any, feed: Feed, count: int) -> list[int]:
+    """The `count` most likely next tokens, one after another; an end-of-text token is passed over."""
+    inputs = _placed(model, feed)
+    inputs.pop("decoder_input_ids", None)
+    ids = inputs.pop("input_ids")
+    pad = model.generation_config.pad_token_id
+    with torch.inference_mode():
+        tokens = model.generate(
+            ids, **inputs, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
+            do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, pad_token_id=pad or 0,
+        )  # fmt: skip
+    return tokens[0, -count:].tolist()
+
+
+def _placed(model: Any, feed: Feed) -> dict[str, torch.Tensor]:
+    """The inputs on the model's device, noise in its dtype."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in feed.inputs.items()
+    }
