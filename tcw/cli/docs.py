@@ -1,0 +1,50 @@
+"""docs/cli.md: the help text of every command. `python -m tcw.cli.docs` writes it; a test keeps it true."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+from tcw import cli
+
+HEAD = """# Commands
+
+The help text of every command, written by `python -m tcw.cli.docs`.
+
+- Data goes to stdout, everything else to stderr. `--json` prints one object (bytes are integers, seconds are floats),
+  `--quiet` the essential value only.
+- Exit codes: 0 done; 1 it ran and the answer is no (`verify` past a limit, `doctor` found a fault); 2 it could not
+  run (`error:` and `hint:` say why); 130 interrupted. With `--json` an error is
+  `{"error": {"code", "message", "hint"}}` on stderr.
+- Variables: `TCW_CACHE` (folder for converted models), `TCW_NO_PROGRESS`, `NO_COLOR`, `TCW_DEBUG=1` (tracebacks).
+- Nothing asks a question. Output that exists is refused, unless `--force`.
+- Sizes are decimal: 1 MB is 1,000,000 bytes.
+- `tcw --install-completion` teaches the shell commands, methods, recipes and targets.
+"""
+
+
+def help_text(*command: str) -> str:
+    """What `tcw COMMAND --help` prints, 80 columns wide."""
+    text = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "80"
+    try:
+        with contextlib.redirect_stdout(text):
+            cli.execute([*command, "--help"])
+    finally:
+        if columns is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = columns
+    return text.getvalue().strip("\n")
+
+
+def page() -> str:
+    """The whole of docs/cli.md."""
+    parts = [HEAD, f"```text\n{help_text()}\n```\n"]
+    parts += [f"## tcw {name}\n\n```text\n{help_text(name)}\n```\n" for name in cli.COMMANDS]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    (Path(__file__).resolve().parents[2] / "docs" / "cli.md").write_text(page(), encoding="utf-8")

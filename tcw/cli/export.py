@@ -1,0 +1,54 @@
+"""`tcw export`: write another tool's format."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tcw.cli import options
+from tcw.cli.output import out
+from tcw.units import show_bytes
+
+EXAMPLES = (
+    ("plain safetensors, the bytes that came in", "tcw export ./smollm2.lossless --to hf -o ./smollm2"),
+    ("for the DFloat11 package", "tcw export ./smollm2.lossless --to dfloat11 -o ./smollm2-df11"),
+    ("an official DFloat11 model back to plain weights", "tcw export ./some-model-DF11 --to hf -o ./some-model"),
+)
+
+
+def export(
+    artifact: options.Artifact,
+    to: Annotated[
+        str, typer.Option("--to", "-t", metavar="TARGET", autocompletion=options.complete_target, help="The format.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="Where to write.")],
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Write an artifact in the format of another tool.
+
+    Targets: hf (plain safetensors), dfloat11 (the official DFloat11 layout). Any MODEL will do as the artifact.
+    """
+    out.configure(json, quiet, verbose)
+    from tcw import export as exporting
+    from tcw.source import open_source
+
+    exporting.get(to)  # an unknown target before anything is opened
+    with out.progress() as progress:
+        source = open_source(artifact, progress=progress)
+        report = exporting.export(source, to, output, force=force, progress=progress)
+    data = {
+        "path": str(report.path),
+        "target": report.target,
+        "bytes": report.bytes,
+        "files": [str(file) for file in report.files],
+    }
+    facts = {
+        "wrote": f"{output}/",
+        "target": report.target,
+        "size": show_bytes(report.bytes),
+        "files": len(report.files),
+    }
+    out.result(data, lambda: out.facts(facts), output)

@@ -1,0 +1,26 @@
+"""`tcw recipes`: the recipes that come with tcw."""
+
+from tcw import recipe
+from tcw.cli import options
+from tcw.cli.output import out
+
+EXAMPLES = (
+    ("all of them", "tcw recipes"),
+    ("the names only", "tcw recipes --quiet"),
+)
+
+
+def recipes(
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """List the ready-made recipes for `tcw compress --recipe`."""
+    out.configure(json, quiet, verbose)
+    found = [recipe.load(name) for name in recipe.names()]
+    rows = [(each.name, ", ".join(step.spec() for step in each.steps), each.summary) for each in found]
+    out.result(
+        {"recipes": [each.to_json() for each in found]},
+        lambda: out.table(("recipe", "methods", "summary"), rows),
+        [each.name for each in found],
+    )

@@ -1,0 +1,160 @@
+"""`tcw verify`: hold an artifact against its source; the exit code is the answer."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tcw.cli import options
+from tcw.cli.output import out
+from tcw.recipe import LIMITS
+from tcw.units import show_seconds
+
+EXAMPLES = (
+    ("every tensor against its SHA-256", "tcw verify ./smollm2.lossless"),
+    ("and logits, perplexity and generated tokens", "tcw verify ./smollm2.lossless --reference demo:smollm2"),
+    ("exit code 1 past a limit", "tcw verify ./smaller --reference ./model --max-kl 0.02 --max-ppl-rise 0.03"),
+)
+
+SHOWN = 5  # tensors that differ, by name
+
+Reference = Annotated[
+    str | None, typer.Option("--reference", metavar="MODEL", help="The source, to compare what the two say.")
+]
+Suites = Annotated[
+    list[str] | None, typer.Option(
+        "--suite", metavar="NAME", autocompletion=options.complete_suite,
+        help="A suite of checks on what the models say; may be given again.",
+    ),
+]  # fmt: skip
+TensorsOnly = Annotated[bool, typer.Option("--tensors-only", help="Compare the tensors and stop.")]
+Text = Annotated[Path | None, typer.Option("--text", metavar="FILE", help="Measure perplexity on this text.")]
+MaxKL = Annotated[
+    float | None, typer.Option("--max-kl", metavar="X", min=0, help="Most mean KL of the logits allowed.")
+]
+MinTop1 = Annotated[
+    float | None, typer.Option("--min-top1", metavar="X", min=0, max=1, help="Least top-1 agreement allowed, 0 to 1.")
+]
+MaxRise = Annotated[
+    float | None,
+    typer.Option("--max-ppl-rise", metavar="X", min=0, help="Most rise of perplexity allowed; 0.03 is 3 %."),
+]
+
+
+def verify(
+    artifact: options.Artifact,
+    reference: Reference = None,
+    suite: Suites = None,
+    tensors_only: TensorsOnly = False,
+    text: Text = None,
+    max_kl: MaxKL = None,
+    min_top1: MinTop1 = None,
+    max_ppl_rise: MaxRise = None,
+    html: options.Html = None,
+    force: options.Force = False,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Prove that an artifact still is the model it was made from.
+
+    The verdict is `identical` (bit for bit), `equivalent` (within the limits) or `different` (exit code 1).
+    A lossless artifact needs no reference: it carries a hash of every original tensor.
+    """
+    out.configure(json, quiet, verbose)
+    options.check_free(html, force)
+    from tcw import verify as verification
+    from tcw.source import open_source
+
+    limits = {"max_kl": max_kl, "min_top1": min_top1, "max_ppl_rise": max_ppl_rise}
+    with out.progress() as progress:
+        verdict = verification.verify(
+            open_source(artifact, progress=progress),
+            open_source(reference, progress=progress) if reference else None,
+            suites=tuple(suite or ()),
+            tensors_only=tensors_only,
+            text=text,
+            limits={name: value for name, value in limits.items() if value is not None} or None,
+            progress=progress,
+            device=device,
+        )
+    if html is not None:
+        from tcw.verify.html import render
+
+        options.write_report(html, render(verdict))
+        out.note(f"wrote {html}")
+    data = verdict.to_json()
+    out.result(data, lambda: show(data), verdict.verdict)
+    if not verdict.ok:
+        _say_why(data)
+        raise typer.Exit(1)
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print the checks as a table, the limits as another, and the verdict."""
+    out.table(("check", "result"), _rows(data))
+    limits = [
+        (limit["name"], _number(limit["value"]), _number(limit["limit"]), "pass" if limit["ok"] else "FAIL")
+        for limit in data.get("limits") or []
+    ]
+    if limits:
+        out.text()
+        out.table(("limit", "found", "allowed", ""), limits)
+    out.text()
+    took = f", found in {show_seconds(data['seconds'])}" if data.get("seconds") else ""
+    out.text(f"verdict: {data['verdict']}{took}")
+
+
+def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+    tensors = data["tensors"]
+    rows = [("tensors", f"{tensors['identical']} of {tensors['checked']} identical")]
+    for name in tensors["different"][:SHOWN]:
+        rows.append(("  different", f"{name}: {tensors.get('reasons', {}).get(name, 'other bytes')}"))
+    if len(tensors["different"]) > SHOWN:
+        rows.append(("", f"and {len(tensors['different']) - SHOWN} more (`--json` has them all)"))
+    rows += [("file changed", name) for name in tensors.get("files_changed") or []]
+    for section, lines in (("logits", _logits), ("perplexity", _perplexity), ("generation", _generation)):
+        measured = data.get(section) or {}
+        if any(value is not None for value in measured.values()):
+            rows += lines(measured)
+    skipped = data.get("skipped") or {}
+    # a limit on output that was not compared at all needs no line of its own
+    shown = [name for name in skipped if "outputs" not in skipped or name not in LIMITS]
+    return rows + [(name, f"not compared: {skipped[name]}") for name in shown]
+
+
+def _logits(logits: dict[str, Any]) -> list[tuple[str, str]]:
+    if logits["bit_identical"]:
+        return [("logits", "identical bit for bit")]
+    return [
+        ("logits", f"largest difference {_number(logits['max_abs_diff'])}"),
+        ("", f"mean KL {_number(logits['mean_kl'])}, top-1 agreement {_percent(logits['top1_agreement'])}"),
+    ]
+
+
+def _perplexity(perplexity: dict[str, Any]) -> list[tuple[str, str]]:
+    reference, artifact = _number(perplexity["reference"]), _number(perplexity["artifact"])
+    return [("perplexity", f"{artifact}, the reference has {reference}: rise {_percent(perplexity['rise'])}")]
+
+
+def _generation(generation: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("generation", f"{generation['identical_tokens']} of {generation['tokens']} tokens identical")]
+
+
+def _say_why(data: dict[str, Any]) -> None:
+    past = [each["name"] for each in data.get("limits") or [] if not each["ok"]]
+    if out.mode == "json":
+        return
+    if past:
+        out.error(f"past {'its limit' if len(past) == 1 else 'its limits'}: {', '.join(past)}")
+    else:
+        out.error("the artifact differs from its source", "`tcw info` shows its methods; compress the model again")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
