@@ -1,0 +1,87 @@
+"""Run a model whose weights stay compressed: decode a transformer block just before it runs, forget it after.
+
+A block is an element of an outermost ModuleList (the layers of every model in transformers), with all that is in it.
+Compressed weights outside the blocks (embeddings, output head) are decoded by the module that owns them. So at any time
+one block's weights exist decoded, and their memory is what the next block is decoded into.
+
+Threads may share a model: a block that runs in one thread is not decoded again for another.
+"""
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from tcw.runtime.packed import Packed
+
+
+class Block:
+    """The compressed parameters that exist decoded while one module runs."""
+
+    def __init__(self, owned: list[tuple[nn.Module, str]]) -> None:
+        """Take the parameters that stand in `owned` as (module, name)."""
+        self._owned = [(module, name, module._parameters[name]) for module, name in owned]
+        self._running = 0
+        self._lock = threading.Lock()
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Put decoded parameters in place; a forward pre-hook."""
+        with self._lock:
+            if self._running == 0:
+                distinct = {id(packed): packed for _, _, packed in self._owned}
+                decoded = {key: _decode(packed) for key, packed in distinct.items()}
+                for owner, name, packed in self._owned:
+                    owner._parameters[name] = decoded[id(packed)]
+            self._running += 1
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Put the compressed parameters back, also after an error; a forward hook."""
+        with self._lock:
+            self._running -= 1
+            if self._running == 0:
+                for owner, name, packed in self._owned:
+                    owner._parameters[name] = packed
+
+
+def _decode(packed: Any) -> nn.Parameter:
+    # as in an ordinary model it is no inference tensor and requires a gradient: torch picks kernels by that, and for
+    # one row of input the other one copies the weight first
+    with torch.inference_mode(False):
+        return nn.Parameter(packed.data.store.decode())
+
+
+def attach(model: nn.Module) -> int:
+    """Hook every block of `model` that has compressed parameters. Returns how many there are."""
+    packed = [
+        (path, module, name)
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if isinstance(parameter, Packed)
+    ]
+    homes = _block_paths(model)
+    owned: dict[str, list[tuple[nn.Module, str]]] = {}
+    for path, module, name in packed:
+        home = next((p for p in _parents(path) if p in homes), path)
+        owned.setdefault(home, []).append((module, name))
+    for home, parameters in owned.items():
+        module = model.get_submodule(home)
+        block = Block(parameters)
+        module.register_forward_pre_hook(block.enter, prepend=True)
+        module.register_forward_hook(block.leave, always_call=True)
+    return len(owned)
+
+
+def _block_paths(model: nn.Module) -> set[str]:
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        for name, _ in module.named_children()
+    }
+
+
+def _parents(path: str) -> list[str]:
+    """The path itself and all paths above it, the outermost first."""
+    names = path.split(".")
+    return [".".join(names[:k]) for k in range(1, len(names) + 1)]

@@ -1,0 +1,100 @@
+"""A compressed weight that is a torch.Tensor: it has its shape, dtype and device, and any operation sees it decoded.
+
+    Packed ── .shape .dtype .device         answered from the header, nothing is decoded
+       │
+       └──── F.linear(x, W), stack([W, …]), W.float(), W[3], …     decoded for this one operation, then forgotten
+
+So a model may do with such a weight whatever it likes, and the result is the one it would have with the plain
+weight: correctness does not hang on knowing where a model uses it. blocks.py makes it fast.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_map_only
+
+from tcw.errors import FormatError, UsageError
+from tcw.tensor import TensorData, TensorInfo
+from tcw.weights import Encoded, WeightMethod
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "C64": torch.complex64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+def torch_dtype(info: TensorInfo) -> torch.dtype:
+    """The torch dtype of a tensor."""
+    return TORCH_DTYPES[info.dtype]
+
+
+def to_torch(data: TensorData) -> torch.Tensor:
+    """Make a torch tensor of the bytes, without a copy and without touching a bit."""
+    array = data.data if data.data.flags.writeable else data.data.copy()
+    return torch.from_numpy(array).view(torch_dtype(data.info)).reshape(data.info.shape)
+
+
+def from_torch(name: str, tensor: torch.Tensor) -> TensorData:
+    """The bytes of a CPU tensor, without a copy when it is contiguous."""
+    array = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return TensorData(TensorInfo(name, _NAMES[tensor.dtype], tuple(tensor.shape)), np.ascontiguousarray(array))
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """A tensor's parts in memory, and the method that reads them."""
+
+    info: TensorInfo
+    method: type[WeightMethod]
+    encoded: Encoded
+
+    def decode(self) -> torch.Tensor:
+        """Decode into a fresh tensor on the CPU."""
+        data = self.method.decode(self.info, self.encoded)
+        if data.info.dtype != self.info.dtype or data.info.shape != self.info.shape:
+            raise FormatError(f"`{self.info.name}` decodes to {data.info.dtype} {list(data.info.shape)}")
+        return to_torch(data)
+
+
+class Packed(torch.Tensor):  # type: ignore[misc]
+    """A tensor whose values are compressed. It can be read in every way and changed in none."""
+
+    store: Store
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, store: Store) -> "Packed":
+        """Make the tensor's shell; it holds no values."""
+        dtype = torch_dtype(store.info)
+        return torch.Tensor._make_wrapper_subclass(cls, store.info.shape, dtype=dtype)
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        info, size = self.store.info, self.store.encoded.nbytes
+        return f"Packed({info.name!r}, {info.dtype}, {list(info.shape)}, {size} of {info.nbytes} bytes)"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Packed":
+        return self  # it never changes
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Run an operation on the decoded values. Raises UsageError for one that would change them."""
+        if func in _SAME:
+            return cls(args[0].store)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
+                raise UsageError(
+                    f"`{value.store.info.name}` stays compressed and cannot be changed",
+                    "load the model with `residency='bf16'`",
+                )
+        args, kwargs = tree_map_only(cls, lambda packed: packed.store.decode(), (args, kwargs or {}))
+        return func(*args, **kwargs)
