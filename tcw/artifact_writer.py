@@ -27,7 +27,7 @@ from tcw.errors import FormatError, SourceError, UsageError
 from tcw.safetensors_file import Slot, StreamWriter, header_bound, read_range
 from tcw.source import Source
 from tcw.staging import claim, publish, remove
-from tcw.tensor import PART_DTYPES, TensorInfo
+from tcw.tensor import FLOAT_DTYPES, PART_DTYPES, TensorInfo
 
 SHARD_BYTES = 5_000_000_000  # of original tensors; compressed shards come out smaller
 INDEX = "model.safetensors.index.json"
@@ -248,7 +248,7 @@ class ArtifactWriter:
             target = self._folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._source.path / name, target)
-        mark = {"quant_method": QUANT_METHOD, "format_version": FORMAT}
+        mark = {"quant_method": QUANT_METHOD, "format_version": FORMAT, "dtype": _main_dtype(self.order)}
         config = {**self._source.config, "quantization_config": mark}
         (self._folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -277,6 +277,15 @@ class ArtifactWriter:
             self._writer.abandon()
         with contextlib.suppress(OSError):
             self._journal.close()
+
+
+def _main_dtype(infos: list[TensorInfo]) -> str | None:
+    """The dtype of most bytes: what a model without a dtype in its config is to be loaded as."""
+    sizes: dict[str, int] = {}
+    for info in infos:
+        if info.dtype in FLOAT_DTYPES:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
 
 
 def _versions() -> dict[str, str]:

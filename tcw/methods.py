@@ -106,7 +106,7 @@ def get(name: str) -> type[Method]:
     module_name, _, attribute = _locate(name)[1].partition(":")
     module = importlib.import_module(module_name)
     if attribute:
-        return getattr(module, attribute)  # type: ignore[no-any-return]
+        return getattr(module, attribute)
     classes = [
         c for c in vars(module).values()
         if inspect.isclass(c) and issubclass(c, Method) and c.__module__ == module.__name__

@@ -82,4 +82,4 @@ class TensorData:
 
     def sha256(self) -> str:
         """Hex SHA-256 of the bytes."""
-        return hashlib.sha256(self.data).hexdigest()
+        return hashlib.sha256(self.data.data).hexdigest()

@@ -71,7 +71,9 @@ MANIFEST_ATTACKS: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "a part too few": (lambda m: m["tensors"][WEIGHT]["parts"].pop(), "not in the manifest"),
     "params a list": (entry({"params": []}), "no valid `params`"),
     "tensor forgotten": (lambda m: m["tensors"].pop("model.norm.weight"), "not in the manifest"),
-    "alias of nothing": (lambda m: m["tensors"].update(x={**m["tensors"][WEIGHT], "method": "same", "as": "?"}), "does not fit"),
+    "alias of nothing": (
+        lambda m: m["tensors"].update(x={**m["tensors"][WEIGHT], "method": "same", "as": "?"}), "does not fit",
+    ),
     "alias of another shape": (
         lambda m: m["tensors"].update(x={**m["tensors"][WEIGHT], "method": "same", "as": "model.norm.weight"}),
         "does not fit",

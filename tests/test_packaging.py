@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = (
-    "import tcw, tcw.kernels.lanes_decode.reference as r; from tcw import recipe, methods; from tcw.folders import folder; "
+    "import tcw, tcw.kernels.lanes_decode.reference as r; from tcw import recipe, methods; "
+    "from tcw.folders import folder; "
     "print(recipe.names(), methods.names(), folder('kernels').name, r.__file__)"
 )
 

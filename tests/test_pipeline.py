@@ -126,7 +126,8 @@ def test_interrupted_run_resumes_to_the_same_bytes(
 def test_resume_after_kill(tiny_llama: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "artifact"
     script = (
-        "import os, sys; from pathlib import Path; from tcw import pipeline, recipe; from tcw.source import open_source\n"
+        "import os, sys; from pathlib import Path; from tcw import pipeline, recipe\n"
+        "from tcw.source import open_source\n"
         "n = []\ndef kill(e):\n    n.append(e)\n    if len(n) == 9: os.kill(os.getpid(), 9)\n"
         "pipeline.compress(open_source(sys.argv[1]), recipe.load('lossless'), Path(sys.argv[2]), progress=kill)"
     )
@@ -255,7 +256,7 @@ def test_side_files_are_copied_byte_for_byte(tiny_llama: Path, whole: Path) -> N
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (whole / name).read_bytes() == (tiny_llama / name).read_bytes()
     config = json.loads((whole / "config.json").read_text())
-    assert config.pop("quantization_config") == {"quant_method": "tcw", "format_version": "1.0"}
+    assert config.pop("quantization_config") == {"quant_method": "tcw", "format_version": "1.0", "dtype": "BF16"}
     assert config == json.loads((tiny_llama / "config.json").read_text())
 
 

@@ -94,6 +94,8 @@ def _settle_libraries(args: Sequence[str]) -> None:
     if not sys.warnoptions and not {"-v", "--verbose"} & set(args):
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # on a busy machine, threads that spin while they wait make small matrix products many times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TQDM_DISABLE", "1")  # downloads from the hub show theirs all the same, on a terminal
     if os.environ.get("TCW_NO_PROGRESS") or {"-q", "--quiet"} & set(args):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -37,6 +37,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
+def one_line(note: str) -> str:
+    """A note on one line: a prompt may hold line breaks."""
+    return " ".join(note.split())
+
+
 class Lines:
     """Plain lines: one when a stage ends, and at most one every few seconds before that."""
 
@@ -70,7 +75,7 @@ class Lines:
             amount(event.done, event.total, event.unit),
             rate(speed, event.unit),
             f"{clock(left)} left" if left else "",
-            event.note,
+            one_line(event.note),
         ]
         return "  ".join(part for part in parts if part).rstrip()
 
@@ -111,7 +116,8 @@ class Bars:
     def __call__(self, event: Progress) -> None:
         """Take an event; the bar of its stage moves. The note gets the room that amounts and rates leave."""
         room = self._live.console.width - len(event.stage) - BAR_WIDTH - FACTS_WIDTH
-        note = "" if room < 16 else event.note if len(event.note) <= room else f"...{event.note[3 - room :]}"
+        note = one_line(event.note) if room >= 16 else ""
+        note = note if len(note) <= room else f"...{note[3 - room :]}"
         total = event.total or None
         if event.stage not in self._tasks:
             self._tasks[event.stage] = self._live.add_task(event.stage, total=total, unit=event.unit, note=note)

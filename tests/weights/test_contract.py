@@ -81,8 +81,8 @@ def test_parts_that_do_not_fit_are_refused(name: str) -> None:
         for wrong in (part[:-1], np.concatenate([part, part[-1:]]), part[:0], part.astype(np.float64)):
             with pytest.raises(FormatError):
                 type(method).decode(tensor.info, Encoded({**encoded.parts, key: wrong}, encoded.params))
+        rest = {k: v for k, v in encoded.parts.items() if k != key}
         with pytest.raises(FormatError):
-            rest = {k: v for k, v in encoded.parts.items() if k != key}
             type(method).decode(tensor.info, Encoded(rest, encoded.params))
     for shape in ((128, 97), (1 << 24, 1 << 20), (0, 4), (64, 96)):
         with pytest.raises(FormatError):

@@ -1,0 +1,322 @@
+"""Words to a `lanes` stream and back; tcw/codecs/lanes.py says what the stream is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tcw.codecs import huffman
+from tcw.codecs.compiled import readonly, spread
+from tcw.codecs.histogram import count_units
+from tcw.codecs.lanes_decode import SLACK, decode_table, decode_units
+from tcw.codecs.lanes_encode import PAIR_BITS, PAIR_TABLE, encode_units, fill_pairs
+from tcw.codecs.lanes_layout import (
+    CHUNK,
+    LANE_BYTES,
+    LANES,
+    LONGEST,
+    MAX_TABLES,
+    SPLITS,
+    Layout,
+    chunks_of,
+    part,
+    read_layout,
+    units,
+)
+from tcw.errors import FormatError
+
+MAX_CODES = (1 << 32) - 1
+
+
+class NotCodable(ValueError):
+    """This stream cannot hold the input: too many different symbols, or 4 GiB of codes. Keep the tensor as it is."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A coded array: the parts to store, and the small JSON values that say how to read them."""
+
+    parts: dict[str, np.ndarray]
+    params: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(array.nbytes for array in self.parts.values())
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the histogram decides before a bit is written."""
+
+    units: np.ndarray  # int64 [units, 5], see lanes_layout.units
+    first_symbol: int
+    lengths: np.ndarray  # uint8 [tables, alphabet]
+    unit_bits: np.ndarray  # int64 [units]: bits of the codes alone
+
+
+def encode(
+    words: np.ndarray, split: str, *, segments: Sequence[int] | None = None, max_length: int = LONGEST
+) -> Stream:
+    """Code an array of words.
+
+    Args:
+        words: [n], of the split's word: uint8, uint16 or uint32. Any bit pattern is kept.
+        split: "bf16", "f16", "f32", "u8" or "u16".
+        segments: Sizes that sum to n, each with a table of its own; None for one table.
+        max_length: Longest code in bits, 1..12.
+
+    Returns:
+        The stream; `decode` gives `words` back bit for bit.
+
+    Raises:
+        NotCodable: A segment has more than 2^max_length different symbols, or the codes reach 4 GiB.
+    """
+    how = SPLITS[split]
+    words = readonly(words)
+    if words.dtype != how.word or words.ndim != 1:
+        raise ValueError(f"split {split} takes {np.dtype(how.word)} [n], got {words.dtype} {list(words.shape)}")
+    plan = _plan(words, split, segments, max_length)
+    codes, lane_bytes, raw, low = _write(words, split, plan)
+    chunks = lane_bytes.reshape(-1, LANES).sum(axis=1, dtype=np.int64)
+    parts = {
+        "codes": codes,
+        "lane_bytes": lane_bytes,
+        "chunk_base": (np.cumsum(chunks) - chunks).astype(np.uint32),
+        "table": _pack_lengths(plan.lengths),
+    }
+    if how.has_raw:
+        parts["raw"] = raw
+    if how.has_low:
+        parts["low"] = low
+    params: dict[str, Any] = {
+        "split": split,
+        "symbols": words.size,
+        "first_symbol": plan.first_symbol,
+        "alphabet": plan.lengths.shape[1],
+        "max_length": max_length,
+    }
+    if segments is not None:
+        params["segments"] = [int(size) for size in segments]
+    return Stream(parts, params)
+
+
+def predict(words: np.ndarray, split: str, *, segments: Sequence[int] | None = None, max_length: int = LONGEST) -> int:
+    """Bytes that `encode` would make of the same arguments, within 0.1 % on tensors that fill their chunks.
+
+    Exact but for the padding of lanes, taken as 3.5 bits each. Raises NotCodable where `encode` does.
+    """
+    plan = _plan(readonly(words), split, segments, max_length)
+    sizes = [words.size] if segments is None else segments
+    lanes = sum(min(LANES * chunks_of(size), -(-size // 4)) for size in sizes)  # lanes that hold a symbol
+    lone = not (np.count_nonzero(plan.lengths, axis=1) > 1).any()
+    padding = 0 if lone else 3.5 * lanes
+    chunks = sum(chunks_of(size) for size in sizes)
+    table = plan.lengths.shape[0] * ((plan.lengths.shape[1] + 1) // 2)
+    coded = int((int(plan.unit_bits.sum()) + padding) / 8)
+    return coded + chunks * (LANES + 4) + table + words.size * SPLITS[split].plane_bytes
+
+
+def _plan(words: np.ndarray, split: str, segments: Sequence[int] | None, max_length: int) -> _Plan:
+    """Count symbols and choose the codes."""
+    how = SPLITS[split]
+    sizes = [words.size] if segments is None else [int(s) for s in segments]
+    if sum(sizes) != words.size or min(sizes, default=-1) < 0 or len(sizes) > MAX_TABLES:
+        raise ValueError(f"{len(sizes)} segments of {sum(sizes)} for {words.size} words")
+    if not 1 <= max_length <= LONGEST:
+        raise ValueError(f"codes are 1 to {LONGEST} bits long, not {max_length}")
+    work = units(sizes, 64 if how.mask == 0xFF else 512)
+    counts = np.zeros((len(work), how.mask + 1), dtype=np.uint32)
+    spread(lambda a, b: count_units(words, how.shift, how.mask, work, a, b, counts), len(work))
+    used = np.flatnonzero(counts.any(axis=0))
+    first_symbol, end = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
+    counts = counts[:, first_symbol:end]
+    lengths = np.zeros((len(sizes), end - first_symbol), dtype=np.uint8)
+    try:
+        for table in range(len(sizes)):
+            lengths[table] = huffman.lengths(counts[work[:, 4] == table].sum(axis=0, dtype=np.int64), max_length)
+    except ValueError as error:
+        raise NotCodable(str(error)) from None
+    unit_bits = np.array([huffman.coded_bits(c, lengths[t]) for c, t in zip(counts, work[:, 4], strict=True)], np.int64)
+    return _Plan(work, first_symbol, lengths, unit_bits)
+
+
+def _write(words: np.ndarray, split: str, plan: _Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Write all lanes; returns codes, lane_bytes, raw, low.
+
+    A lane's padding is less than a byte, so the histogram bounds where each unit ends: units are written side by side
+    into one array and then moved together.
+    """
+    how, work = SPLITS[split], plan.units
+    room = (plan.unit_bits >> 3) + LANES * (work[:, 1] - work[:, 0]) + 8  # 8: a lane's last store
+    bounds = np.cumsum(room) - room
+    codes = np.empty(int(room.sum()), dtype=np.uint8)
+    ends = np.zeros(len(work), dtype=np.int64)
+    chunks = int(work[-1, 1]) if len(work) else 0
+    lane_bytes = np.empty(LANES * chunks, dtype=np.uint8)
+    raw = np.empty(words.size if how.has_raw else 0, dtype=np.uint8)
+    low = np.empty(words.size if how.has_low else 0, dtype=np.uint16)
+    singles, pairs = _write_tables(plan.lengths)
+
+    def write(first: int, last: int) -> None:
+        encode_units(
+            how.code, words, plan.first_symbol, work, first, last,
+            singles, pairs, raw, low, codes, bounds, ends, lane_bytes,
+        )  # fmt: skip
+
+    spread(write, len(work))
+    at = 0
+    for begin, end in zip(bounds.tolist(), ends.tolist(), strict=True):
+        codes[at : at + end - begin] = codes[begin:end]
+        at += end - begin
+    if at > MAX_CODES:
+        raise NotCodable(f"{at} bytes of codes")
+    codes.resize(at, refcheck=False)  # in place: gives the slack back without a copy
+    return codes, lane_bytes, raw, low
+
+
+def _write_tables(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes as the writer wants them: uint32 [tables, alphabet], and by pairs of symbols, [tables, 4096] or [.., 0]."""
+    tables, alphabet = lengths.shape
+    singles = np.zeros((tables, alphabet), dtype=np.uint32)
+    for row, size in zip(singles, lengths, strict=True):
+        row[:] = huffman.reversed_bits(huffman.canonical(size), size) | size.astype(np.uint32) << 24
+    pairs = np.zeros((tables, PAIR_TABLE if alphabet <= 1 << PAIR_BITS else 0), dtype=np.uint32)
+    for row, joined in zip(singles, pairs, strict=True):
+        if joined.size:
+            fill_pairs(row, joined)
+    return singles, pairs
+
+
+def _pack_lengths(lengths: np.ndarray) -> np.ndarray:
+    even = np.zeros((lengths.shape[0], (lengths.shape[1] + 1) // 2 * 2), dtype=np.uint8)
+    even[:, : lengths.shape[1]] = lengths
+    return even[:, 0::2] | even[:, 1::2] << 4
+
+
+def decode(
+    parts: Mapping[str, np.ndarray], params: Mapping[str, Any], numel: int, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Give back the words of a stream.
+
+    Args:
+        parts: What `encode` made, as read from a file: nothing in it is trusted.
+        params: Its parameters.
+        numel: How many words the tensor has.
+        out: Where to write them (contiguous, of the split's word, [numel]); None for a new array.
+
+    Returns:
+        The words, [numel].
+
+    Raises:
+        FormatError: Parts, parameters and numel do not fit each other.
+    """
+    layout = read_layout(params, numel)
+    if "offset" in params or layout.pair or layout.escape >= 0:
+        raise FormatError("lanes: this stream holds integers, not words")
+    return decode_symbols(parts, layout, out)
+
+
+def decode_symbols(parts: Mapping[str, np.ndarray], layout: Layout, out: np.ndarray | None = None) -> np.ndarray:
+    """Decode a stream up to its words, before pairs, escapes and offsets. Raises FormatError."""
+    how, n, chunks = SPLITS[layout.split], layout.symbols, layout.chunks
+    if extra := sorted(set(parts) - _part_names(layout)):
+        raise FormatError(f"lanes: unexpected part `{extra[0]}`")
+    lane_bytes = part(parts, "lane_bytes", np.uint8, (LANES * chunks,))
+    chunk_base = part(parts, "chunk_base", np.uint32, (chunks,))
+    packed = part(parts, "table", np.uint8, (len(layout.segments), (layout.alphabet + 1) // 2))
+    codes = part(parts, "codes", np.uint8, (None,))
+    raw = part(parts, "raw", np.uint8, (n,)) if how.has_raw else readonly(np.empty(0, np.uint8))
+    low = part(parts, "low", np.uint16, (n,)) if how.has_low else readonly(np.empty(0, np.uint16))
+    sums = _check_index(lane_bytes, chunk_base, codes)
+    if n > 8 * codes.size:
+        raise FormatError(f"lanes: {codes.size} bytes cannot hold {n} codes")
+    work = units(layout.segments)
+    lengths = _read_lengths(packed, layout)
+    _check_lone(lengths, layout, codes, sums)
+    if out is None:
+        out = np.empty(n, dtype=how.word)
+    elif out.shape != (n,) or out.dtype != how.word or not out.flags.c_contiguous:
+        raise ValueError(f"`out` should be contiguous {np.dtype(how.word)} [{n}]")
+    symbols: np.ndarray = np.empty(0, dtype=how.symbol)
+    tables = np.array([decode_table(row, layout.first_symbol, symbols.itemsize) for row in lengths])
+    by_symbol = np.zeros((len(lengths), how.mask + 1), dtype=np.uint8)
+    by_symbol[:, layout.first_symbol : layout.first_symbol + layout.alphabet] = lengths
+
+    def read(stream: np.ndarray, skipped: int, jobs: np.ndarray, first: int, last: int) -> int:
+        return decode_units(
+            how.code, stream, skipped, lane_bytes, chunk_base, jobs, first, last,
+            tables, by_symbol, raw, low, symbols, out,
+        )  # fmt: skip
+
+    body, tail = _cut(work, sums, codes.size)
+    bad = spread(lambda a, b: read(codes, 0, body, a, b), len(body))
+    if len(tail):
+        skipped = int(sums[tail[0, 0]])
+        padded = readonly(np.concatenate([codes[skipped:], np.zeros(SLACK, np.uint8)]))
+        bad.append(read(padded, skipped, tail, 0, len(tail)))
+    for lane in bad:
+        if lane >= 0:
+            raise FormatError(f"lanes: lane {lane % LANES} of chunk {lane // LANES} does not end with its last code")
+    return out
+
+
+def _part_names(layout: Layout) -> set[str]:
+    how = SPLITS[layout.split]
+    names = {"codes", "lane_bytes", "chunk_base", "table"}
+    names |= {"raw"} if how.has_raw else set()
+    names |= {"low"} if how.has_low else set()
+    return names | ({"escape_positions", "escape_values"} if layout.escape >= 0 else set())
+
+
+def _check_index(lane_bytes: np.ndarray, chunk_base: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Check that lanes, chunks and codes agree; returns where each chunk begins and the last one ends, int64 [c+1]."""
+    if lane_bytes.size and int(lane_bytes.max()) > LANE_BYTES:
+        raise FormatError(f"lanes: a lane of {int(lane_bytes.max())} bytes, more than {LANE_BYTES}")
+    sums = np.zeros(chunk_base.size + 1, dtype=np.int64)
+    np.cumsum(lane_bytes.reshape(-1, LANES).sum(axis=1, dtype=np.int64), out=sums[1:])
+    if not np.array_equal(sums[:-1], chunk_base):
+        raise FormatError("lanes: `chunk_base` does not agree with `lane_bytes`")
+    if int(sums[-1]) != codes.size:
+        raise FormatError(f"lanes: lanes of {int(sums[-1])} bytes, `codes` has {codes.size}")
+    return sums
+
+
+def _read_lengths(packed: np.ndarray, layout: Layout) -> np.ndarray:
+    """Code lengths, uint8 [tables, alphabet], each row a complete code or a lone symbol."""
+    lengths = np.empty((packed.shape[0], 2 * packed.shape[1]), dtype=np.uint8)
+    lengths[:, 0::2], lengths[:, 1::2] = packed & 15, packed >> 4
+    if lengths[:, layout.alphabet :].any():
+        raise FormatError("lanes: `table` has a code outside its alphabet")
+    lengths = np.ascontiguousarray(lengths[:, : layout.alphabet])
+    if lengths.size and int(lengths.max()) > layout.max_length:
+        raise FormatError(f"lanes: a code of {int(lengths.max())} bits, the limit is {layout.max_length}")
+    for table, (row, size) in enumerate(zip(lengths, layout.segments, strict=True)):
+        have = np.count_nonzero(row)
+        lone = have == 1 and int(row.max()) == 1
+        complete = have > 1 and huffman.kraft(row, LONGEST) == 1 << LONGEST
+        if not (lone or complete or (have == 0 and size == 0)):
+            raise FormatError(f"lanes: table {table} is not a complete prefix code")
+    return lengths
+
+
+def _check_lone(lengths: np.ndarray, layout: Layout, codes: np.ndarray, sums: np.ndarray) -> None:
+    """A lone symbol is coded as 0 bits: the tables would not notice another one."""
+    chunk = 0
+    for row, size in zip(lengths, layout.segments, strict=True):
+        end = chunk + chunks_of(size)
+        if np.count_nonzero(row) == 1 and codes[sums[chunk] : sums[end]].any():
+            raise FormatError("lanes: a code that is not in its table")
+        chunk = end
+
+
+def _cut(work: np.ndarray, sums: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split units where a lane may be read past the end of `codes`: what follows is read from a padded copy."""
+    safe = int(np.searchsorted(sums[1:], size - SLACK, side="right"))  # chunks that end SLACK bytes before the end
+    body, tail = work[work[:, 0] < safe].copy(), work[work[:, 1] > safe].copy()
+    if len(body) and len(tail) and body[-1, 0] == tail[0, 0]:
+        middle = body[-1, 2] + (safe - body[-1, 0]) * CHUNK
+        body[-1, 1], body[-1, 3] = safe, middle
+        tail[0, 0], tail[0, 2] = safe, middle
+    return body, tail
