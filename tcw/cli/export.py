@@ -15,6 +15,8 @@ EXAMPLES = (
     ("an official DFloat11 model back to plain weights", "tcw export ./some-model-DF11 --to hf -o ./some-model"),
 )
 
+_SHOWN = 3  # tensors that could not be compressed, named one by one
+
 
 def export(
     artifact: options.Artifact,
@@ -44,6 +46,7 @@ def export(
         "target": report.target,
         "bytes": report.bytes,
         "files": [str(file) for file in report.files],
+        "kept": report.kept,
     }
     facts = {
         "wrote": f"{output}/",
@@ -51,4 +54,8 @@ def export(
         "size": show_bytes(report.bytes),
         "files": len(report.files),
     }
+    for name, why in list(report.kept.items())[:_SHOWN]:
+        out.note(f"`{name}` stays as it is: {why}")
+    if (more := len(report.kept) - _SHOWN) > 0:
+        out.note(f"so do {more} more; `--json` lists them")
     out.result(data, lambda: out.facts(facts), output)

@@ -1,8 +1,9 @@
 """Other tools' formats: one target a file, and its name is the file's name.
 
-A target module holds `write(source, folder, progress, *, option=default, ...)`, which fills an empty folder; its
-docstring's first line says what the target is. `export` takes care of the rest: the output appears whole or not at
-all, is never written over something that is no model, and never touches the source.
+A target module holds `write(source, folder, progress, *, option=default, ...)`, which fills an empty folder and may
+return the tensors that it could not compress, with reasons; its docstring's first line says what the target is.
+`export` takes care of the rest: the output appears whole or not at all, is never written over something that is no
+model, and never touches the source.
 """
 
 import importlib
@@ -27,12 +28,16 @@ _SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "fals
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: the folder, the target's name, the bytes of all files, and the files relative to the folder."""
+    """What was written: the folder, the target's name, the bytes of all files, and the files relative to the folder.
+
+    `kept` are tensors that the format could not compress, each with the reason.
+    """
 
     path: Path
     target: str
     bytes: int
     files: list[Path]
+    kept: dict[str, str]
 
 
 def names() -> list[str]:
@@ -74,14 +79,14 @@ def export(
         with writing(out):
             remove(partial)
             partial.mkdir()
-            module.write(source, partial, progress, **options)
+            kept = module.write(source, partial, progress, **options)
             source.check_unchanged()
             publish(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     files = sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file())
-    return ExportReport(out, name, sum((out / f).stat().st_size for f in files), files)
+    return ExportReport(out, name, sum((out / f).stat().st_size for f in files), files, kept or {})
 
 
 def _options(module: ModuleType, target: str) -> dict[str, Any]:

@@ -27,15 +27,7 @@ _METADATA = {"format": "pt"}
 _LARGEST = 2**31
 
 
-@dataclass
-class Written:
-    """What an export did: the modules whose matrices are coded, and each matrix that is not, with the reason."""
-
-    coded: list[Unit] = field(default_factory=list)
-    raw: dict[str, str] = field(default_factory=dict)
-
-
-def write(source: Source, folder: Path, progress: Report = silent, *, files: str = "one") -> Written:
+def write(source: Source, folder: Path, progress: Report = silent, *, files: str = "one") -> dict[str, str]:
     """Write `source` into the existing folder `folder` in the official DFloat11 layout.
 
     Args:
@@ -43,6 +35,9 @@ def write(source: Source, folder: Path, progress: Report = silent, *, files: str
         folder: Where model.safetensors, config.json, the tokenizer ... go.
         progress: Told of every group and tensor.
         files: "one" for a single model.safetensors, "group" for one file a group and model.safetensors for the rest.
+
+    Returns:
+        The matrices that stay as they are, each with the reason.
 
     Raises:
         UsageError: `files` is neither.
@@ -54,16 +49,14 @@ def write(source: Source, folder: Path, progress: Report = silent, *, files: str
     infos = source.tensors()
     units, raw = find_units(infos.values(), skeleton)
     _check_dtypes(source, infos, units)
-    job = _Job(source, folder, progress, skeleton, infos, Written(raw=raw), sum(i.nbytes for i in infos.values()))
-    for name, why in raw.items():
-        progress(Progress("export", 0, job.total, "bytes", f"`{name}` stays as it is: {why}"))
+    job = _Job(source, folder, progress, skeleton, infos, raw, sum(i.nbytes for i in infos.values()))
     (job.one_file if files == "one" else job.many_files)(units)
-    if not job.report.coded:
-        why = next(iter(job.report.raw.values()), "it has no matrices")
+    if not job.coded:
+        why = next(iter(job.raw.values()), "it has no matrices")
         raise SourceError(f"nothing in `{source.id}` can be coded in the DFloat11 layout: {why}")
     copy_side_files(source, folder)
-    _write_config(source, folder, pattern_dict(job.report.coded, units))
-    return job.report
+    _write_config(source, folder, pattern_dict(job.coded, units))
+    return job.raw
 
 
 def _check_dtypes(source: Source, infos: dict[str, TensorInfo], units: list[Unit]) -> None:
@@ -85,9 +78,10 @@ class _Job:
     progress: Report
     skeleton: Skeleton
     infos: dict[str, TensorInfo]
-    report: Written
+    raw: dict[str, str]  # matrices that stay as they are, and why
     total: int
     done: int = 0
+    coded: list[Unit] = field(default_factory=list)
 
     def one_file(self, units: list[Unit]) -> None:
         """Write everything to model.safetensors: plain tensors first, widest dtype first, then the groups."""
@@ -150,10 +144,10 @@ class _Job:
         except df11.Uncodable as error:
             why = str(error)
         if why:
-            self.report.raw |= dict.fromkeys(unit.tensors, why)
+            self.raw |= dict.fromkeys(unit.tensors, why)
             self._advance(0, f"`{unit.module}` stays as it is: {why}")
             return None
-        self.report.coded.append(unit)
+        self.coded.append(unit)
         self._advance(words.nbytes, unit.module)
         return group
 

@@ -30,8 +30,9 @@ def test_all_modes(tcw: Run, artifact: Path, tiny_llama: Path, tmp_path: Path, m
     assert human.out.splitlines()[0].split() == ["wrote", "out0/"]
     assert quiet.out == "out1\n"
     data = json.loads(as_json.out)
-    assert set(data) == {"schema", "path", "target", "bytes", "files"}
+    assert set(data) == {"schema", "path", "target", "bytes", "files", "kept"}
     assert Path(data["path"]).resolve() == tmp_path / "out2"
+    assert data["kept"] == {}
     assert data["bytes"] == sum((tmp_path / "out2" / file).stat().st_size for file in data["files"])
     before, after = open_source(tiny_llama), open_source(tmp_path / "out2")
     assert all(before.read(name).sha256() == after.read(name).sha256() for name in before.tensors())

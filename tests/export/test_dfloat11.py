@@ -166,11 +166,10 @@ def test_experts_are_in_their_numbers_order(models):
 
 
 def test_tied_weights_stay_where_the_loader_shares_them(models, tmp_path):
-    notes: list[str] = []
-    report = export.get("dfloat11").write(open_source(models("llama tied")), tmp_path, lambda p: notes.append(p.note))
-    assert list(report.raw) == ["model.embed_tokens.weight"]
-    assert notes[0].startswith("`model.embed_tokens.weight` stays as it is: tied weights")
-    assert "model.embed_tokens.weight" in stored(tmp_path)
+    kept = export.export(open_source(models("llama tied")), "dfloat11", tmp_path / "out").kept
+    assert list(kept) == ["model.embed_tokens.weight"]
+    assert kept["model.embed_tokens.weight"].startswith("tied weights")
+    assert "model.embed_tokens.weight" in stored(tmp_path / "out")
 
 
 def test_matrices_of_another_shape_than_the_config_says_stay_raw(models, tmp_path):
@@ -180,7 +179,7 @@ def test_matrices_of_another_shape_than_the_config_says_stay_raw(models, tmp_pat
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 95}))
     (tmp_path / "out").mkdir()
     report = export.get("dfloat11").write(open_source(folder), tmp_path / "out")
-    assert report.raw["lm_head.weight"] == "the config gives it another shape"
+    assert report["lm_head.weight"] == "the config gives it another shape"
 
 
 def test_uncodable_groups_stay_raw_and_are_reported(models, tmp_path):
@@ -194,8 +193,8 @@ def test_uncodable_groups_stay_raw_and_are_reported(models, tmp_path):
     notes: list[str] = []
     (tmp_path / "out").mkdir()
     report = export.get("dfloat11").write(open_source(folder), tmp_path / "out", lambda p: notes.append(p.note))
-    assert len(report.raw) == 7
-    assert report.raw["model.layers.1.self_attn.q_proj.weight"] == "1 weights have an exponent of 240 or more"
+    assert len(report) == 7
+    assert report["model.layers.1.self_attn.q_proj.weight"] == "1 weights have an exponent of 240 or more"
     assert "`model.layers.1` stays as it is: 1 weights have an exponent of 240 or more" in notes
     patterns = json.loads((tmp_path / "out" / "config.json").read_text())["dfloat11_config"]["pattern_dict"]
     assert r"model\.layers\.(?:0|2)" in patterns
