@@ -242,9 +242,18 @@ def _results(
 def _executor(workers: int) -> Executor:
     if workers < 0:
         raise UsageError(f"`--workers` takes 0 or more, got `{workers}`")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers == 0:
-        return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        return ThreadPoolExecutor(cores)
+    share = max(1, cores // workers)
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_limit_threads, initargs=(share,))
+
+
+def _limit_threads(count: int) -> None:
+    """Processes share the cores: each codec uses its part of them."""
+    from tcw.codecs import compiled
+
+    compiled.set_threads(count)
 
 
 def _report(

@@ -2,6 +2,11 @@
 
 import doctest
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,8 @@ from tcw.artifact import read_manifest
 from tcw.source import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+VOLATILE = re.compile(r"^(device|memory|latency|time|peak memory|verdict|took|takes|alone|\d+ tokens, )")
 SCHEMA = json.loads((ROOT / "docs" / "format.schema.json").read_text())
 
 
@@ -65,3 +72,37 @@ def test_the_example_of_add_a_method_works(tmp_path: Path, monkeypatch: pytest.M
     tensor = TensorData(TensorInfo("w", "BF16", (2, 3)), words.view(np.uint8))
     decoded = module.Halve.decode(tensor.info, module.Halve().encode(tensor))
     assert np.array_equal(decoded.words, words & 0xFF00)
+
+
+def test_methods_page_is_current() -> None:
+    from tcw.cli import docs
+
+    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == docs.methods_page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\$ tcw (.*)$", README, re.MULTILINE))
+def test_commands_in_the_readme_exist(line: str) -> None:
+    from tcw import cli
+    from tcw.cli import docs
+
+    command, *arguments = shlex.split(line, comments=True)
+    assert command in cli.COMMANDS
+    known = docs.help_text(command)
+    for argument in arguments:
+        if argument.startswith("-"):
+            assert re.search(rf"(^|[\s,]){re.escape(argument)}\b", known), argument
+
+
+def settled(text: str) -> list[str]:
+    """The lines of a transcript that are the same on every machine, spaces folded."""
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return [line for line in lines if line and not VOLATILE.match(line)]
+
+
+def test_the_demo_prints_what_the_readme_shows(smollm2: Path) -> None:
+    shown = re.search(r"<!-- demo -->\n+```console\n(.*?)```\n+<!-- /demo -->", README, re.DOTALL)
+    assert shown, "the README has no transcript"
+    command = [sys.executable, "-m", "tcw", "demo"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "COLUMNS": "80"})
+    assert run.returncode == 0, run.stderr
+    assert settled(run.stdout) == settled(shown[1])

@@ -1,11 +1,15 @@
-"""docs/cli.md: the help text of every command. `python -m tcw.cli.docs` writes it; a test keeps it true."""
+"""docs/cli.md and docs/methods.md, made of help texts and docstrings.
+
+`python -m tcw.cli.docs` writes them; tests keep them true.
+"""
 
 import contextlib
+import inspect
 import io
 import os
 from pathlib import Path
 
-from tcw import cli
+from tcw import cli, methods, recipe
 
 HEAD = """# Commands
 
@@ -46,5 +50,30 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def methods_page() -> str:
+    """The whole of docs/methods.md: each method's options, and what its module says of it."""
+    parts = ["# Methods and recipes\n\nMade of the docstrings by `python -m tcw.cli.docs`.\n"]
+    parts += [_method(name) for name in methods.names()]
+    parts += ["## Recipes\n", "| recipe | what the user gets | methods |", "|---|---|---|"]
+    for name in recipe.names():
+        loaded = recipe.load(name)
+        parts.append(f"| `{name}` | {loaded.summary} | {', '.join(f'`{s.spec()}`' for s in loaded.steps)} |")
+    return "\n".join(parts) + "\n"
+
+
+def _method(name: str) -> str:
+    card = methods.card(name)
+    kind = "lossless" if card.lossless else "lossy"
+    lines = [f"## {name}\n", f"{card.summary} ({card.family}, {kind}; {card.paper})\n"]
+    lines += ["| option | default | what it does |", "|---|---|---|"]
+    for option in card.options:
+        choices = f" ({', '.join(map(str, option['choices']))})" if option["choices"] else ""
+        lines.append(f"| `{option['name']}` | `{option['default']}` | {option['help']}{choices} |")
+    module = inspect.getmodule(methods.get(name))
+    return "\n".join([*lines, f"\n```text\n{inspect.getdoc(module)}\n```\n"])
+
+
 if __name__ == "__main__":
-    (Path(__file__).resolve().parents[2] / "docs" / "cli.md").write_text(page(), encoding="utf-8")
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    (docs / "cli.md").write_text(page(), encoding="utf-8")
+    (docs / "methods.md").write_text(methods_page(), encoding="utf-8")
