@@ -27,6 +27,7 @@ QUANT_METHOD = "tcw"
 RAW, SAME = "raw", "same"  # entries that no method made: stored as it was; stored once under another name
 _MAX_MANIFEST = 1 << 30
 _PART_KINDS = {kind: numpy_name for numpy_name, kind in PART_DTYPES.items()}
+_DAMAGED = "the artifact is damaged: fetch it again, or compress the model again"
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -121,11 +122,23 @@ class Artifact(Source):
         return Encoded(parts, entry.params)
 
     def read(self, name: str) -> TensorData:
-        """Decode one tensor to the bytes it had. Raises FormatError when the parts do not fit."""
+        """Decode one tensor to the bytes it had; a lossless one is held to its SHA-256.
+
+        Raises FormatError when the parts do not fit, or are not those that were written.
+        """
         info, entry = self.entries[name].info, self.entry(name)
         if entry.method == RAW:
-            return TensorData(info, self.read_stored(entry.name).data)
-        return method_class(entry.method).decode(info, self.encoded(name))
+            tensor = TensorData(info, self.read_stored(entry.name).data)
+        else:
+            tensor = method_class(entry.method).decode(info, self.encoded(name))
+        if self.is_lossless(name) and tensor.sha256() != self.entries[name].sha256:
+            raise FormatError(f"`{name}` is not what was compressed: its SHA-256 is not the manifest's", _DAMAGED)
+        return tensor
+
+    def is_lossless(self, name: str) -> bool:
+        """Say whether a tensor decodes to the very bytes it had."""
+        method = self.entry(name).method
+        return method == RAW or method_class(method).lossless
 
     def sample(self, name: str, max_bytes: int) -> TensorData:
         """Up to `max_bytes` of the decoded tensor, from its start, as a 1-D tensor."""
@@ -268,9 +281,7 @@ def _check_sizes(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, 
         except OSError:
             raise FormatError(f"`{name}` is missing from `{folder.name}`", "compress the model again") from None
         if found != size:
-            raise FormatError(
-                f"`{name}` has {found} bytes, the manifest says {size}", "the file is damaged: fetch it again"
-            )
+            raise FormatError(f"`{name}` has {found} bytes, the manifest says {size}", _DAMAGED)
     return dict(files)
 
 

@@ -9,7 +9,6 @@ choice of executor. Memory is bounded by the window and the largest tensor, neve
 
 import os
 import time
-from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,8 +27,8 @@ from tcw.recipe import Recipe, Step
 from tcw.source import Source
 from tcw.tensor import TensorInfo
 from tcw.weights import WeightMethod
+from tcw.window import in_order
 
-WINDOW_BYTES = 256 << 20  # of original tensors at work at once; a larger tensor is at work alone
 _SAMPLE_BYTES = 64 << 20  # a plan looks at this much of a tensor
 
 
@@ -213,30 +212,23 @@ def _results(
 ) -> Generator[Stored, None, None]:
     """Compress what is left to do, some tensors at once, and give the results in order."""
     total = sum(i.nbytes for i in writer.order)
-    todo = deque(i for i in writer.order if i.name not in writer.entries)
+    todo = [i for i in writer.order if i.name not in writer.entries]
     done = total - sum(i.nbytes for i in todo)
-    running: deque[tuple[TensorInfo, Future[Stored]]] = deque()
-    with _executor(workers) as pool:
-        try:
-            while todo or running:
-                busy = sum(i.nbytes for i, _ in running)
-                while todo and (not running or busy + todo[0].nbytes <= WINDOW_BYTES):
-                    info = todo.popleft()
-                    running.append((info, pool.submit(compress_tensor, source, info.name, recipe.steps)))
-                    busy += info.nbytes
-                info, future = running.popleft()
-                stored = future.result()
-                del future
+    pool = _executor(workers)
+
+    def submit(info: TensorInfo) -> Future[Stored]:
+        return pool.submit(compress_tensor, source, info.name, recipe.steps)
+
+    try:
+        with closing(in_order(pool, todo, submit)) as results:
+            for info, stored in results:
                 yield stored
-                del stored
                 done += info.nbytes
                 progress(Progress("compress", done, total, "bytes", info.name))
-        except BrokenProcessPool:
-            raise ResourceError(
-                "a worker process died, most likely for want of memory", "use fewer `--workers`, then `--resume`"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    except BrokenProcessPool:
+        raise ResourceError(
+            "a worker process died, most likely for want of memory", "use fewer `--workers`, then `--resume`"
+        ) from None
 
 
 def _executor(workers: int) -> Executor:

@@ -12,7 +12,6 @@ from tcw import pipeline, recipe
 from tcw.artifact import Artifact, plain_name
 from tcw.errors import FormatError, TcwError
 from tcw.source import open_source
-from tcw.tensor import TensorData
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 SHARD = "model-00001-of-00001.safetensors"
@@ -136,7 +135,7 @@ def test_missing_and_truncated_files(artifact: Path) -> None:
 
 
 def test_every_flipped_byte_of_a_stored_part_is_noticed(artifact: Path) -> None:
-    """Either the codec refuses the parts or the decoded bytes have another hash; a file hash always differs."""
+    """The codec refuses the parts, or the decoded bytes have another hash; the file's hash always differs."""
     opened = Artifact.open(artifact)
     shard = artifact / SHARD
     whole = shard.read_bytes()
@@ -146,11 +145,8 @@ def test_every_flipped_byte_of_a_stored_part_is_noticed(artifact: Path) -> None:
             shard.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
             damaged = Artifact.open(artifact)
             assert dict(damaged.check_files())[SHARD] is False
-            try:
-                decoded: TensorData | None = damaged.read(WEIGHT)
-            except FormatError:
-                decoded = None
-            assert decoded is None or decoded.sha256() != damaged.entries[WEIGHT].sha256, (part, at)
+            with pytest.raises(FormatError):
+                damaged.read(WEIGHT)
 
 
 def test_verdict_is_stored_and_nothing_else_changes(artifact: Path) -> None:

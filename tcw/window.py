@@ -1,0 +1,38 @@
+"""Work on tensors side by side, within a window of bytes, with results in order: memory never grows with the model."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Executor, Future
+from typing import TypeVar
+
+from tcw.tensor import TensorInfo
+
+WINDOW_BYTES = 256 << 20  # of tensors at work at once; a larger tensor is at work alone
+
+T = TypeVar("T")
+
+
+def in_order(
+    pool: Executor, infos: Iterable[TensorInfo], submit: Callable[[TensorInfo], "Future[T]"]
+) -> Generator[tuple[TensorInfo, T], None, None]:
+    """Give (info, result) for each tensor, in order; `submit` hands one to the pool.
+
+    Close the generator, or take all of it: when it ends, early or not, what has not begun is cancelled and the pool
+    is shut down.
+    """
+    todo = deque(infos)
+    running: deque[tuple[TensorInfo, Future[T]]] = deque()
+    try:
+        while todo or running:
+            busy = sum(info.nbytes for info, _ in running)
+            while todo and (not running or busy + todo[0].nbytes <= WINDOW_BYTES):
+                info = todo.popleft()
+                running.append((info, submit(info)))
+                busy += info.nbytes
+            info, future = running.popleft()
+            result = future.result()
+            del future  # holds the result as well
+            yield info, result
+            del result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
