@@ -308,6 +308,7 @@ def main() -> None:
         for name, tensors in tensor_sets(args.gauss):
             if args.only in (None, name):
                 rows += measure(name, tensors, chosen, args.rounds)
+    compiled.set_threads(0)
     cold = cold_start()
     show(rows)
     print(json.dumps(cold))

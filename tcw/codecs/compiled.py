@@ -91,6 +91,13 @@ def prefetch(typing: Any, array: Any, offset: Any) -> Any:
     return types.void(array, types.int64), generate
 
 
+@inline
+def prefetch_range(array, first, end):  # type: ignore[no-untyped-def]
+    """Ask for bytes first..end of an array: their loads, or stores, will then not wait for memory."""
+    for line in range(first, end, 64):
+        prefetch(array, line)
+
+
 def readonly(array: np.ndarray) -> np.ndarray:
     """A contiguous view that kernels cannot write to. Numba compiles writable arrays apart: inputs are always this."""
     view = np.ascontiguousarray(array).view()

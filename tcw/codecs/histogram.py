@@ -4,7 +4,7 @@ import numpy as np
 
 from tcw.codecs.compiled import kernel, prefetch
 
-AHEAD = 1024  # words
+AHEAD = 1024  # words; a line is asked for so far before it is counted
 
 
 @kernel

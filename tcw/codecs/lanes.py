@@ -45,6 +45,18 @@ and `lane_bytes`; a reader checks each of them before it uses it, and that each 
 
 from tcw.codecs.lanes_integers import decode_integers, encode_integers
 from tcw.codecs.lanes_layout import SPLITS
-from tcw.codecs.lanes_words import NotCodable, Stream, decode, encode, predict
+from tcw.codecs.lanes_read import Reader
+from tcw.codecs.lanes_words import NotCodable, Stream, decode, encode, predict, reader
 
-__all__ = ["SPLITS", "NotCodable", "Stream", "decode", "decode_integers", "encode", "encode_integers", "predict"]
+__all__ = [
+    "SPLITS",
+    "NotCodable",
+    "Reader",
+    "Stream",
+    "decode",
+    "decode_integers",
+    "encode",
+    "encode_integers",
+    "predict",
+    "reader",
+]

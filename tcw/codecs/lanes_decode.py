@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from tcw.codecs.compiled import inline, kernel, load_u32, load_u64, prefetch, store_u32, store_u64
+from tcw.codecs.compiled import inline, kernel, load_u32, load_u64, prefetch_range, store_u32, store_u64
 from tcw.codecs.huffman import canonical_order, reversed_bits
-from tcw.codecs.lanes_layout import BF16, CHUNK, F16, F32, GROUP, LANES, LONGEST, ROW, STEPS
+from tcw.codecs.lanes_layout import BF16, CHUNK, F16, F32, GROUP, LANE_BYTES, LANES, LONGEST, ROW, STEPS
 
 WINDOW = 1 << LONGEST
 SYMBOL_BYTES = 6  # an entry's symbols: six of 8 bits or three of 16
@@ -159,7 +159,6 @@ def decode_units(  # type: ignore[no-untyped-def]
     plane = np.zeros(CHUNK, dtype=symbols.dtype)
     starts = np.zeros(LANES + 1, dtype=np.int64)
     sizes, reads = np.zeros(LANES, dtype=np.int64), np.zeros(LANES, dtype=np.int64)
-    size_a = 128 * words.itemsize
     for u in range(first, last):
         table, length = tables[units[u, 4]], lengths[units[u, 4]]
         begin, stop = units[u, 2], units[u, 3]
@@ -171,13 +170,10 @@ def decode_units(  # type: ignore[no-untyped-def]
                 sizes[lane] = step * (GROUP * rows + max(0, min(GROUP, rest - GROUP * lane)))
                 starts[lane + 1] = starts[lane] + lane_bytes[chunk * LANES + lane]
             for lane in range(0, LANES, 4):
-                for line in range(begin * words.itemsize + lane * size_a, begin * words.itemsize + (lane + 4) * size_a, 64):
-                    prefetch(words, line)
-                for line in range(begin  + lane * 128, begin  + (lane + 4) * 128, 64):
-                    prefetch(raw, line)
-                prefetch(codes, starts[lane]+1536)
-                prefetch(codes, starts[lane]+1536+64)
-                prefetch(codes, starts[lane]+1536+128)
+                near, far = begin + lane * (CHUNK // LANES), begin + (lane + 4) * (CHUNK // LANES)
+                prefetch_range(words, near * words.itemsize, far * words.itemsize)
+                prefetch_range(raw, near, far)
+                prefetch_range(codes, starts[lane] + 8 * LANE_BYTES, starts[lane] + 9 * LANE_BYTES)
                 _four_lanes(codes, starts, lane, sizes, table, length, buffer, stride, step, reads)
             for lane in range(LANES):
                 if not _lane_fits(codes, starts[lane], reads[lane], starts[lane + 1] - starts[lane]):

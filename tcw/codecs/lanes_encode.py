@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from tcw.codecs.compiled import inline, kernel, load_u64, prefetch, store_u64
-from tcw.codecs.lanes_layout import BF16, CHUNK, F16, F32, GROUP, LANES, ROW, STEPS
+from tcw.codecs.compiled import inline, kernel, load_u64, prefetch_range, store_u64
+from tcw.codecs.lanes_layout import BF16, CHUNK, F16, F32, GROUP, LANE_BYTES, LANES, ROW, STEPS
 
 PAIR_BITS = 6  # alphabets of at most 64 symbols are written two symbols a look-up
 PAIR_TABLE = 1 << 2 * PAIR_BITS
@@ -96,7 +96,7 @@ def encode_units(  # type: ignore[no-untyped-def]
     needs 8 bytes of room behind its last one.
     """
     symbols = np.empty(CHUNK, dtype=np.uint16)
-    size_a = 128 * words.itemsize
+    width = words.itemsize
     for u in range(first, last):
         table = units[u, 4]
         at = bounds[u]
@@ -106,11 +106,10 @@ def encode_units(  # type: ignore[no-untyped-def]
             end = start + count
             _take_apart(split, words[start:end], first_symbol, symbols, raw[start:end], low[start:end])
             for lane in range(LANES):
-                for line in range(end * words.itemsize + lane * size_a, end * words.itemsize + (lane + 1) * size_a, 64):
-                    prefetch(words, line)
-                prefetch(raw, end + lane * 128)
-                prefetch(raw, end + lane * 128 + 64)
-                prefetch(codes, at + 512)
+                ahead = end + lane * (CHUNK // LANES)  # the next chunk comes in while this one is written
+                prefetch_range(words, ahead * width, (ahead + CHUNK // LANES) * width)
+                prefetch_range(raw, ahead, ahead + CHUNK // LANES)
+                prefetch_range(codes, at + 8 * LANE_BYTES // 3, at + 9 * LANE_BYTES // 3)
                 before = at
                 if count == CHUNK and pairs.shape[1] > 0:
                     at = _lane_of_pairs(symbols, lane, pairs[table], codes, at)

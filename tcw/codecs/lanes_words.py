@@ -9,21 +9,18 @@ import numpy as np
 from tcw.codecs import huffman
 from tcw.codecs.compiled import readonly, spread
 from tcw.codecs.histogram import count_units
-from tcw.codecs.lanes_decode import SLACK, decode_table, decode_units
 from tcw.codecs.lanes_encode import PAIR_BITS, PAIR_TABLE, encode_units, fill_pairs
 from tcw.codecs.lanes_layout import (
-    CHUNK,
-    LANE_BYTES,
     LANES,
     LONGEST,
     MAX_TABLES,
     SPLITS,
     Layout,
     chunks_of,
-    part,
     read_layout,
     units,
 )
+from tcw.codecs.lanes_read import Reader
 from tcw.errors import FormatError
 
 MAX_CODES = (1 << 32) - 1
@@ -212,111 +209,17 @@ def decode(
     Raises:
         FormatError: Parts, parameters and numel do not fit each other.
     """
+    return reader(parts, params, numel).decode(out)
+
+
+def reader(parts: Mapping[str, np.ndarray], params: Mapping[str, Any], numel: int) -> Reader:
+    """Open a stream of words for reading it again and again, or in part; arguments and errors are `decode`'s."""
     layout = read_layout(params, numel)
     if "offset" in params or layout.pair or layout.escape >= 0:
         raise FormatError("lanes: this stream holds integers, not words")
-    return decode_symbols(parts, layout, out)
+    return Reader(parts, layout)
 
 
 def decode_symbols(parts: Mapping[str, np.ndarray], layout: Layout, out: np.ndarray | None = None) -> np.ndarray:
     """Decode a stream up to its words, before pairs, escapes and offsets. Raises FormatError."""
-    how, n, chunks = SPLITS[layout.split], layout.symbols, layout.chunks
-    if extra := sorted(set(parts) - _part_names(layout)):
-        raise FormatError(f"lanes: unexpected part `{extra[0]}`")
-    lane_bytes = part(parts, "lane_bytes", np.uint8, (LANES * chunks,))
-    chunk_base = part(parts, "chunk_base", np.uint32, (chunks,))
-    packed = part(parts, "table", np.uint8, (len(layout.segments), (layout.alphabet + 1) // 2))
-    codes = part(parts, "codes", np.uint8, (None,))
-    raw = part(parts, "raw", np.uint8, (n,)) if how.has_raw else readonly(np.empty(0, np.uint8))
-    low = part(parts, "low", np.uint16, (n,)) if how.has_low else readonly(np.empty(0, np.uint16))
-    sums = _check_index(lane_bytes, chunk_base, codes)
-    if n > 8 * codes.size:
-        raise FormatError(f"lanes: {codes.size} bytes cannot hold {n} codes")
-    work = units(layout.segments)
-    lengths = _read_lengths(packed, layout)
-    _check_lone(lengths, layout, codes, sums)
-    if out is None:
-        out = np.empty(n, dtype=how.word)
-    elif out.shape != (n,) or out.dtype != how.word or not out.flags.c_contiguous:
-        raise ValueError(f"`out` should be contiguous {np.dtype(how.word)} [{n}]")
-    symbols: np.ndarray = np.empty(0, dtype=how.symbol)
-    tables = np.array([decode_table(row, layout.first_symbol, symbols.itemsize) for row in lengths])
-    by_symbol = np.zeros((len(lengths), how.mask + 1), dtype=np.uint8)
-    by_symbol[:, layout.first_symbol : layout.first_symbol + layout.alphabet] = lengths
-
-    def read(stream: np.ndarray, skipped: int, jobs: np.ndarray, first: int, last: int) -> int:
-        return decode_units(
-            how.code, stream, skipped, lane_bytes, chunk_base, jobs, first, last,
-            tables, by_symbol, raw, low, symbols, out,
-        )  # fmt: skip
-
-    body, tail = _cut(work, sums, codes.size)
-    bad = spread(lambda a, b: read(codes, 0, body, a, b), len(body))
-    if len(tail):
-        skipped = int(sums[tail[0, 0]])
-        padded = readonly(np.concatenate([codes[skipped:], np.zeros(SLACK, np.uint8)]))
-        bad.append(read(padded, skipped, tail, 0, len(tail)))
-    for lane in bad:
-        if lane >= 0:
-            raise FormatError(f"lanes: lane {lane % LANES} of chunk {lane // LANES} does not end with its last code")
-    return out
-
-
-def _part_names(layout: Layout) -> set[str]:
-    how = SPLITS[layout.split]
-    names = {"codes", "lane_bytes", "chunk_base", "table"}
-    names |= {"raw"} if how.has_raw else set()
-    names |= {"low"} if how.has_low else set()
-    return names | ({"escape_positions", "escape_values"} if layout.escape >= 0 else set())
-
-
-def _check_index(lane_bytes: np.ndarray, chunk_base: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Check that lanes, chunks and codes agree; returns where each chunk begins and the last one ends, int64 [c+1]."""
-    if lane_bytes.size and int(lane_bytes.max()) > LANE_BYTES:
-        raise FormatError(f"lanes: a lane of {int(lane_bytes.max())} bytes, more than {LANE_BYTES}")
-    sums = np.zeros(chunk_base.size + 1, dtype=np.int64)
-    np.cumsum(lane_bytes.reshape(-1, LANES).sum(axis=1, dtype=np.int64), out=sums[1:])
-    if not np.array_equal(sums[:-1], chunk_base):
-        raise FormatError("lanes: `chunk_base` does not agree with `lane_bytes`")
-    if int(sums[-1]) != codes.size:
-        raise FormatError(f"lanes: lanes of {int(sums[-1])} bytes, `codes` has {codes.size}")
-    return sums
-
-
-def _read_lengths(packed: np.ndarray, layout: Layout) -> np.ndarray:
-    """Code lengths, uint8 [tables, alphabet], each row a complete code or a lone symbol."""
-    lengths = np.empty((packed.shape[0], 2 * packed.shape[1]), dtype=np.uint8)
-    lengths[:, 0::2], lengths[:, 1::2] = packed & 15, packed >> 4
-    if lengths[:, layout.alphabet :].any():
-        raise FormatError("lanes: `table` has a code outside its alphabet")
-    lengths = np.ascontiguousarray(lengths[:, : layout.alphabet])
-    if lengths.size and int(lengths.max()) > layout.max_length:
-        raise FormatError(f"lanes: a code of {int(lengths.max())} bits, the limit is {layout.max_length}")
-    for table, (row, size) in enumerate(zip(lengths, layout.segments, strict=True)):
-        have = np.count_nonzero(row)
-        lone = have == 1 and int(row.max()) == 1
-        complete = have > 1 and huffman.kraft(row, LONGEST) == 1 << LONGEST
-        if not (lone or complete or (have == 0 and size == 0)):
-            raise FormatError(f"lanes: table {table} is not a complete prefix code")
-    return lengths
-
-
-def _check_lone(lengths: np.ndarray, layout: Layout, codes: np.ndarray, sums: np.ndarray) -> None:
-    """A lone symbol is coded as 0 bits: the tables would not notice another one."""
-    chunk = 0
-    for row, size in zip(lengths, layout.segments, strict=True):
-        end = chunk + chunks_of(size)
-        if np.count_nonzero(row) == 1 and codes[sums[chunk] : sums[end]].any():
-            raise FormatError("lanes: a code that is not in its table")
-        chunk = end
-
-
-def _cut(work: np.ndarray, sums: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split units where a lane may be read past the end of `codes`: what follows is read from a padded copy."""
-    safe = int(np.searchsorted(sums[1:], size - SLACK, side="right"))  # chunks that end SLACK bytes before the end
-    body, tail = work[work[:, 0] < safe].copy(), work[work[:, 1] > safe].copy()
-    if len(body) and len(tail) and body[-1, 0] == tail[0, 0]:
-        middle = body[-1, 2] + (safe - body[-1, 0]) * CHUNK
-        body[-1, 1], body[-1, 3] = safe, middle
-        tail[0, 0], tail[0, 2] = safe, middle
-    return body, tail
+    return Reader(parts, layout).decode(out)

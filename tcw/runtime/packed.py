@@ -2,20 +2,22 @@
 
     Packed ── .shape .dtype .device         answered from the header, nothing is decoded
        │
+       ├──── F.embedding(ids, W)          the rows that are looked up are decoded, and their neighbours in the stream
+       │
        └──── F.linear(x, W), stack([W, …]), W.float(), W[3], …     decoded for this one operation, then forgotten
 
 So a model may do with such a weight whatever it likes, and the result is the one it would have with the plain
 weight: correctness does not hang on knowing where a model uses it. blocks.py makes it fast.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-from tcw.errors import FormatError, UsageError
+from tcw.errors import UsageError
 from tcw.tensor import TensorData, TensorInfo
 from tcw.weights import Encoded, WeightMethod
 
@@ -28,6 +30,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+_EMBEDDING = torch.ops.aten.embedding.default
 
 
 def torch_dtype(info: TensorInfo) -> torch.dtype:
@@ -47,20 +50,36 @@ def from_torch(name: str, tensor: torch.Tensor) -> TensorData:
     return TensorData(TensorInfo(name, _NAMES[tensor.dtype], tuple(tensor.shape)), np.ascontiguousarray(array))
 
 
-@dataclass(frozen=True, eq=False)
 class Store:
-    """A tensor's parts in memory, and the method that reads them."""
+    """A tensor's parts in memory, checked, and the method that reads them."""
 
-    info: TensorInfo
-    method: type[WeightMethod]
-    encoded: Encoded
+    def __init__(self, info: TensorInfo, method: type[WeightMethod], encoded: Encoded) -> None:
+        """Check the parts, as far as the method can without decoding. Raises FormatError."""
+        self.info, self.encoded = info, encoded
+        self._reader = method.reader(info, encoded)
 
     def decode(self) -> torch.Tensor:
-        """Decode into a fresh tensor on the CPU."""
-        data = self.method.decode(self.info, self.encoded)
-        if data.info.dtype != self.info.dtype or data.info.shape != self.info.shape:
-            raise FormatError(f"`{self.info.name}` decodes to {data.info.dtype} {list(data.info.shape)}")
-        return to_torch(data)
+        """Decode into a fresh tensor on the CPU. Raises FormatError when the parts are damaged."""
+        data = torch.empty(self.info.nbytes, dtype=torch.uint8)
+        decode_all([(self, data.numpy())])
+        return self.shaped(data)
+
+    def shaped(self, data: torch.Tensor) -> torch.Tensor:
+        """The tensor that these decoded bytes are: a view, of its dtype and shape."""
+        return data.view(torch_dtype(self.info)).view(self.info.shape)
+
+    def rows(self, wanted: torch.Tensor) -> torch.Tensor:
+        """Decode the rows `wanted` (int64 [n], ascending, in range) alone: [n, ...]."""
+        data = torch.from_numpy(self._reader.rows(wanted.numpy()))
+        return data.view(torch_dtype(self.info)).view(len(wanted), *self.info.shape[1:])
+
+
+def decode_all(stores: Iterable[tuple[Store, np.ndarray]]) -> None:
+    """Decode each store into its bytes, uint8 [nbytes], on all cores at once. Raises FormatError."""
+    if pieces := [piece for store, out in stores for piece in store._reader.pieces(out)]:
+        from tcw.codecs.pieces import run  # imports the compiler: not for a model that is loaded from a plain folder
+
+        run(pieces)
 
 
 class Packed(torch.Tensor):  # type: ignore[misc]
@@ -96,5 +115,15 @@ class Packed(torch.Tensor):  # type: ignore[misc]
                     f"`{value.store.info.name}` stays compressed and cannot be changed",
                     "load the model with `residency='bf16'`",
                 )
+        if func is _EMBEDDING and isinstance(args[0], cls) and not isinstance(args[1], cls):
+            return _embedding(args[0].store, *args[1:])
         args, kwargs = tree_map_only(cls, lambda packed: packed.store.decode(), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _embedding(store: Store, indices: torch.Tensor, *_: Any) -> torch.Tensor:
+    """Look rows up, decoding no others; what else the operation takes (padding and such) only concerns gradients."""
+    wanted, places = torch.unique(indices, return_inverse=True)
+    if len(wanted) and not 0 <= int(wanted[0]) <= int(wanted[-1]) < store.info.shape[0]:
+        raise IndexError("index out of range in self")  # the words of torch
+    return _EMBEDDING(store.rows(wanted.long()), places)

@@ -5,6 +5,7 @@ the parts back into bytes; it must not trust them: parts come from a file, and w
 shape raises FormatError before anything is allocated by it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,6 +28,28 @@ class Encoded:
     def nbytes(self) -> int:
         """Bytes of all parts: streams, tables, scales, indices, padding."""
         return sum(part.nbytes for part in self.parts.values())
+
+
+class Reader:
+    """A stored tensor that is read again and again, as a model does that keeps its weights compressed.
+
+    This one serves any method: it decodes everything each time. A method that can check its parts once, share the
+    work out among threads, or decode single rows, returns a better one from `WeightMethod.reader`.
+    """
+
+    def __init__(self, method: type["WeightMethod"], info: TensorInfo, encoded: Encoded) -> None:
+        """Take the parts. Raises FormatError here or when reading, where they do not fit `info`."""
+        self.method, self.info, self.encoded = method, info, encoded
+
+    def pieces(self, out: np.ndarray) -> list[Callable[[], None]]:
+        """Begin to decode into `out`, uint8 [info.nbytes]; returns what any threads may do to complete it."""
+        out[:] = self.method.decode(self.info, self.encoded).data
+        return []
+
+    def rows(self, wanted: np.ndarray) -> np.ndarray:
+        """Bytes of some rows, uint8 [len(wanted), row]; `wanted` is int64, ascending, of those that exist."""
+        data = self.method.decode(self.info, self.encoded).data
+        return data.reshape(self.info.shape[0], -1)[wanted]
 
 
 class WeightMethod(Method):
@@ -54,3 +77,8 @@ class WeightMethod(Method):
     def decode(cls, info: TensorInfo, encoded: Encoded) -> TensorData:
         """Turn the parts back into the tensor's bytes. Raises FormatError when they do not fit `info`."""
         raise NotImplementedError
+
+    @classmethod
+    def reader(cls, info: TensorInfo, encoded: Encoded) -> Reader:
+        """Open the parts for reading them again and again. Raises FormatError as `decode` does, now or later."""
+        return Reader(cls, info, encoded)

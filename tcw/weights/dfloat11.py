@@ -11,22 +11,30 @@ The weights come back bit for bit, whatever the bits are: a NaN's payload, -0 an
 We differ from the paper in four ways. It cuts the code stream every 8 bytes and stores where the first code of each
 piece begins, which a GPU must decode twice, once to count and once to write; we cut it every 128 weights at a byte and
 store each piece's size (tcw/codecs/lanes.py), which takes less room and decodes in one pass. Codes have at most 12 bits
-instead of 32, which costs next to nothing (research: 0.003 bits a weight) and lets one small table decode them. Each
-tensor has its own table, where the paper makes one for a transformer block. And the same coder takes FP16 (its high
-byte is coded) and FP32 (its exponent is coded) where that pays. A tensor that would not get smaller by `min_saving` is
-kept as it is. The paper's own file layout is an export target (`tcw export --to dfloat11`).
+instead of 32, which costs next to nothing (0.003 bits a weight on real models) and lets one small table decode them.
+Each tensor has its own table, where the paper makes one for a transformer block. And the same coder takes FP16 (its
+high byte is coded) and FP32 (its exponent is coded) where that pays. A tensor that would not get smaller by
+`min_saving` is kept as it is. The paper's own file layout is an export target (`tcw export --to dfloat11`).
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
 
 from tcw.errors import FormatError
 from tcw.methods import option
 from tcw.tensor import TensorData, TensorInfo
-from tcw.weights import Encoded, WeightMethod
+from tcw.weights import Encoded, Reader, WeightMethod
+
+if TYPE_CHECKING:
+    from tcw.codecs import lanes
 
 SPLIT_OF = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 LEAST_NUMEL = 1024  # below this, headers and names eat what coding saves
+_NEAR = 4096  # words of a chunk of lanes
 HEADER_BYTES = 600  # what six parts and a manifest entry take in the artifact, about
 
 
@@ -85,16 +93,69 @@ class DFloat11(WeightMethod):
     @classmethod
     def decode(cls, info: TensorInfo, encoded: Encoded) -> TensorData:
         """Turn the parts back into the tensor's bytes. Raises FormatError when they do not fit `info`."""
-        from tcw.codecs import lanes
+        with _named(info):
+            return TensorData(info, _open(info, encoded).decode().view("uint8"))
 
-        params = dict(encoded.params)
-        codec = params.pop("codec", None)
-        if codec != "lanes":
-            raise FormatError(f"tensor `{info.name}`: dfloat11 cannot read the codec `{codec}`")
-        if params.get("split") != SPLIT_OF.get(info.dtype):
-            raise FormatError(f"tensor `{info.name}` is {info.dtype}, its codes are `{params.get('split')}`")
-        try:
-            words = lanes.decode(encoded.parts, params, info.numel)
-        except FormatError as error:
-            raise FormatError(f"tensor `{info.name}`: {error.message}", error.hint) from None
-        return TensorData(info, words.view("uint8"))
+    @classmethod
+    def reader(cls, info: TensorInfo, encoded: Encoded) -> Reader:
+        """Check the parts and open them for reading them again and again. Raises FormatError."""
+        return _LanesReader(cls, info, encoded)
+
+
+class _LanesReader(Reader):
+    """A tensor in the lanes codec: all cores decode it, and a row costs no more than the chunks it lies in."""
+
+    def __init__(self, method: type[WeightMethod], info: TensorInfo, encoded: Encoded) -> None:
+        super().__init__(method, info, encoded)
+        with _named(info):
+            self._stream = _open(info, encoded)
+
+    def pieces(self, out: np.ndarray) -> list[Callable[[], None]]:
+        return [self._naming(piece) for piece in self._stream.pieces(out.view(f"u{self.info.bits // 8}"))]
+
+    def rows(self, wanted: np.ndarray) -> np.ndarray:
+        width = self.info.numel // self.info.shape[0]
+        out = np.empty((len(wanted), width), f"u{self.info.bits // 8}")
+        apart = np.diff(wanted) > _NEAR // width  # rows that are nearer share a chunk
+        at = 0
+        for near in np.split(wanted, np.flatnonzero(apart) + 1) if len(wanted) else ():
+            with _named(self.info):
+                words = self._stream.span(int(near[0]) * width, (int(near[-1]) + 1) * width)
+            out[at : at + near.size] = words.reshape(-1, width)[near - near[0]]
+            at += near.size
+        return out.view(np.uint8)
+
+    def _naming(self, piece: Callable[[], None]) -> Callable[[], None]:
+        def named() -> None:
+            try:  # not `with`: this runs a thousand times a second
+                piece()
+            except FormatError as error:
+                raise _about(self.info, error) from None
+
+        return named
+
+
+def _open(info: TensorInfo, encoded: Encoded) -> "lanes.Reader":
+    """Check the parts of a tensor. Raises FormatError."""
+    from tcw.codecs import lanes
+
+    params = dict(encoded.params)
+    codec = params.pop("codec", None)
+    if codec != "lanes":
+        raise FormatError(f"dfloat11 cannot read the codec `{codec}`")
+    if params.get("split") != SPLIT_OF.get(info.dtype):
+        raise FormatError(f"it is {info.dtype}, its codes are `{params.get('split')}`")
+    return lanes.reader(encoded.parts, params, info.numel)
+
+
+@contextlib.contextmanager
+def _named(info: TensorInfo) -> Iterator[None]:
+    """Say in an error which tensor it is about."""
+    try:
+        yield
+    except FormatError as error:
+        raise _about(info, error) from None
+
+
+def _about(info: TensorInfo, error: FormatError) -> FormatError:
+    return FormatError(f"tensor `{info.name}`: {error.message}", error.hint)

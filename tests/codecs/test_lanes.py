@@ -191,14 +191,16 @@ stream = lanes.encode(np.arange(9000, dtype=np.uint16), "bf16")
 print(len(lanes.decode(stream.parts, stream.params, 9000)), sum(encode_units.stats.cache_hits.values()))
 """
 
-    def run(folder: Path) -> str:
-        env = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
+    def run(folder: Path, **more: str) -> str:
+        env = {**os.environ, "NUMBA_CACHE_DIR": str(folder), **more}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert run(tmp_path / "cache").split() == ["9000", "0"]
     assert run(tmp_path / "cache").split() == ["9000", "1"]
+    nowhere = "_IPythonCacheLocator"  # as where neither the package nor the user's folder can be written
+    assert run(tmp_path / "cache", NUMBA_CACHE_LOCATOR_CLASSES=nowhere).split() == ["9000", "0"]
 
 
 def test_out_is_written_in_place() -> None:
