@@ -18,7 +18,7 @@ import numpy as np
 from tcw import methods
 from tcw.errors import FormatError
 from tcw.source import Source
-from tcw.tensor import PART_DTYPES, TensorData, TensorInfo
+from tcw.tensor import MAX_DIMS, PART_DTYPES, TensorData, TensorInfo
 from tcw.weights import Encoded, WeightMethod
 
 MANIFEST = "tcw.json"
@@ -94,7 +94,7 @@ class Artifact(Source):
         path = Path(path)
         self.manifest = read_manifest(path)
         self._listed = _check_sizes(path, self.manifest)
-        shards = [path / name for name in sorted(self._listed) if name.endswith(".safetensors")]
+        shards = [path / name for name in sorted(self._listed) if "/" not in name and name.endswith(".safetensors")]
         super().__init__(path, id=id, revision=revision, files=shards)
         self.quantized_by = None
         self.config.pop("quantization_config", None)  # ours; the model's own configuration is what is left
@@ -148,7 +148,8 @@ class Artifact(Source):
 
     def side_files(self) -> list[Path]:
         """Everything but weights, index and manifest, relative to the folder."""
-        return [Path(n) for n in sorted(self._listed) if not n.endswith((".safetensors", ".safetensors.index.json"))]
+        weights = (".safetensors", ".safetensors.index.json")
+        return [Path(n) for n in sorted(self._listed) if "/" in n or not n.endswith(weights)]
 
     def stored_bytes(self) -> int:
         """Bytes of the weight files on disk, headers included."""
@@ -257,7 +258,9 @@ def _field(table: Any, key: str, kind: type, where: str) -> Any:
 
 
 def _shape(name: str, shape: list[Any]) -> tuple[int, ...]:
-    if len(shape) > 64 or any(isinstance(d, bool) or not isinstance(d, int) or not 0 <= d < 1 << 48 for d in shape):
+    if len(shape) > MAX_DIMS or any(
+        isinstance(d, bool) or not isinstance(d, int) or not 0 <= d < 1 << 48 for d in shape
+    ):
         raise FormatError(f"`{MANIFEST}`: `{name}` has an impossible shape")
     return tuple(shape)
 

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 import tcw
-from tcw.artifact import FORMAT, MANIFEST, QUANT_METHOD, RAW, SAME, Entry, dump_manifest, file_sha256
+from tcw.artifact import FORMAT, MANIFEST, QUANT_METHOD, RAW, SAME, Artifact, Entry, dump_manifest, file_sha256
 from tcw.disk import writing
 from tcw.errors import FormatError, SourceError, UsageError
 from tcw.safetensors_file import Slot, StreamWriter, header_bound, read_range
 from tcw.source import Source
-from tcw.staging import claim, publish, remove
+from tcw.staging import claim, hold, let_go, publish, remove
 from tcw.tensor import FLOAT_DTYPES, PART_DTYPES, TensorInfo
 
 SHARD_BYTES = 5_000_000_000  # of original tensors; compressed shards come out smaller
@@ -78,16 +78,23 @@ class ArtifactWriter:
         self.order = [info for shard in self._shards for info in shard]
         self._shard_of = {info.name: k for k, shard in enumerate(self._shards) for info in shard}
         self.entries: dict[str, Entry] = {}
+        self.reasons: dict[str, int] = {}  # why tensors were kept raw, and how many
+        self._sides = source.side_files()  # a bad one shows before the work, not after it
         self._first: dict[tuple[str, str, tuple[int, ...]], str] = {}  # compressed tensors by content
         self._weight_map: dict[str, str] = {}
         self._writer: StreamWriter | None = None
         self._current = -1
         self._hashing = ThreadPoolExecutor(1)
         self._file_hashes: dict[str, Future[str]] = {}
-        if resume and self._folder.is_dir():
-            self._resume()
-        else:
-            self._start(force)
+        self._lock = hold(self._folder) if self._folder.is_dir() else None
+        try:
+            if resume and self._folder.is_dir():
+                self._resume()
+            else:
+                self._start(force)
+        except BaseException:
+            let_go(self._lock)
+            raise
 
     def _start(self, force: bool) -> None:
         if self._folder.exists():
@@ -97,8 +104,11 @@ class ArtifactWriter:
                     "pass `--resume` to go on with it, or `--force` to start again",
                 )
             remove(self._folder)
+            let_go(self._lock)
+            self._lock = None
         with writing(self._folder):
             self._folder.mkdir()
+            self._lock = hold(self._folder)
             self._journal = (self._folder / _JOURNAL).open("x", encoding="utf-8")
             self._log({"run": self._fingerprint()})
 
@@ -131,19 +141,24 @@ class ArtifactWriter:
             writer = self._shard(self._shard_of[name])
             for part_info, part in stored.named_parts():
                 if part_info.name in self._weight_map:
-                    raise SourceError(f"the part `{part_info.name}` has the name of another tensor")
+                    raise SourceError(
+                        f"the part `{part_info.name}` has the name of another tensor",
+                        f"keep `{info.name}` as it is: `skip` in a recipe",
+                    )
                 slots.append(writer.append(part_info, part))
                 crc = zlib.crc32(part.reshape(-1).view(np.uint8).data, crc)
             bits = stored.nbytes * 8 / info.numel if info.numel else 0.0
             parts = () if stored.method == RAW else tuple(stored.parts)
             entry = Entry(info, stored.method, stored.sha256, stored.params, parts, bits_per_weight=bits)
-        self._record(entry, slots)
+        self._record(entry, slots, stored.reason)
         places = [[s.info.name, s.info.dtype, list(s.info.shape), s.start, s.end] for s in slots]
-        self._log({"name": name, "entry": entry.to_json(), "slots": places, "crc": crc})
+        self._log({"name": name, "entry": entry.to_json(), "slots": places, "crc": crc, "reason": stored.reason})
         return entry
 
-    def _record(self, entry: Entry, slots: list[Slot]) -> None:
+    def _record(self, entry: Entry, slots: list[Slot], reason: str) -> None:
         self.entries[entry.name] = entry
+        if reason:
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
         self._weight_map |= {s.info.name: self._shard_name(self._shard_of[entry.name]) for s in slots}
         if entry.method not in (RAW, SAME):
             self._first.setdefault((entry.sha256, entry.info.dtype, entry.info.shape), entry.name)
@@ -185,7 +200,7 @@ class ArtifactWriter:
             if line["name"] != info.name or not self._intact(k, slots, line["crc"]):
                 break
             kept.setdefault(k, []).extend(slots)
-            self._record(Entry.from_json(info.name, line["entry"]), slots)
+            self._record(Entry.from_json(info.name, line["entry"]), slots, line.get("reason", ""))
             good.append(line)
         self._reopen(kept)
         draft = self._folder / f"{_JOURNAL}.new"
@@ -231,6 +246,7 @@ class ArtifactWriter:
             files.pop(_JOURNAL)
             manifest = self._manifest(source_hashes, {n: self._facts(n, p) for n, p in files.items()})
             (self._folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
+            Artifact(self._folder)  # what cannot be opened again must not look finished
             self._journal.close()
             (self._folder / _JOURNAL).unlink()
             publish(self._out)
@@ -244,7 +260,7 @@ class ArtifactWriter:
         total = sum((self._folder / name).stat().st_size for name in sorted(set(self._weight_map.values())))
         index = {"metadata": {"total_size": total}, "weight_map": self._weight_map}
         (self._folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        for name in self._source.side_files():
+        for name in self._sides:
             target = self._folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._source.path / name, target)
@@ -277,6 +293,8 @@ class ArtifactWriter:
             self._writer.abandon()
         with contextlib.suppress(OSError):
             self._journal.close()
+        let_go(self._lock)
+        self._lock = None
 
 
 def _main_dtype(infos: list[TensorInfo]) -> str | None:

@@ -8,14 +8,16 @@ choice of executor. Memory is bounded by the window and the largest tensor, neve
 """
 
 import os
+import signal
 import time
 from collections.abc import Generator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread, Timer
 from typing import Any
 
 from tcw.artifact import RAW, SAME, file_sha256
@@ -29,6 +31,7 @@ from tcw.tensor import TensorInfo
 from tcw.weights import WeightMethod
 from tcw.window import in_order
 
+_GRACE = 5.0  # seconds
 _SAMPLE_BYTES = 64 << 20  # a plan looks at this much of a tensor
 
 
@@ -113,7 +116,7 @@ def plan(source: Source, recipe: Recipe, *, progress: Report = silent) -> Plan:
     total, done = sum(i.nbytes for i in infos.values()), 0
     planned = []
     with _executor(0) as pool:
-        for result in pool.map(_plan_tensor, *zip(*((source, n, recipe.steps) for n in infos), strict=True)):
+        for result in pool.map(lambda info: _plan_tensor(source, info, recipe.steps), infos.values()):
             planned.append(result)
             done += result.info.nbytes
             progress(Progress("plan", done, total, "bytes", result.info.name))
@@ -121,12 +124,11 @@ def plan(source: Source, recipe: Recipe, *, progress: Report = silent) -> Plan:
     return Plan(recipe, tuple(planned), (1 << 30) + 2 * largest)
 
 
-def _plan_tensor(source: Source, name: str, steps: tuple[Step, ...]) -> PlannedTensor:
-    info = source.tensors()[name]
+def _plan_tensor(source: Source, info: TensorInfo, steps: tuple[Step, ...]) -> PlannedTensor:
     for step in steps:
         method = _weight_method(step)
-        if step.covers(name) and method.wants(info):
-            sample = source.sample(name, _SAMPLE_BYTES)
+        if step.covers(info.name) and method.wants(info):
+            sample = source.sample(info.name, _SAMPLE_BYTES)
             scale = info.nbytes / max(sample.info.nbytes, 1)
             predicted = round(method.predict(sample) * scale)
             if predicted < info.nbytes:
@@ -163,22 +165,19 @@ def compress(
     _check(source, recipe)
     start = time.monotonic()
     writer = ArtifactWriter(source, recipe.to_json(), out, _part_names(recipe.steps), force=force, resume=resume)
-    reasons: dict[str, int] = {}
     hasher = ThreadPoolExecutor(1)
     try:
         hashes = {path.name: hasher.submit(file_sha256, path) for path in source.weight_files()}
         with closing(_results(source, recipe, writer, workers, progress)) as results:
             for stored in results:
                 writer.add(stored)
-                if stored.reason:
-                    reasons[stored.reason] = reasons.get(stored.reason, 0) + 1
         source_hashes = {name: future.result() for name, future in hashes.items()}
         source.check_unchanged()
         artifact = writer.finish(source_hashes)
     finally:
         hasher.shutdown(wait=False, cancel_futures=True)
         writer.close()
-    return _report(source, recipe, writer, artifact, reasons, time.monotonic() - start, workers)
+    return _report(source, recipe, writer, artifact, time.monotonic() - start, workers)
 
 
 def _check(source: Source, recipe: Recipe) -> None:
@@ -238,20 +237,37 @@ def _executor(workers: int) -> Executor:
     if workers == 0:
         return ThreadPoolExecutor(cores)
     share = max(1, cores // workers)
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_limit_threads, initargs=(share,))
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_settle_worker, initargs=(share,))
 
 
-def _limit_threads(count: int) -> None:
-    """Processes share the cores: each codec uses its part of them."""
+def _settle_worker(threads: int) -> None:
+    """Processes share the cores, each codec uses its part of them; none outlives the run that started it."""
     from tcw.codecs import compiled
 
-    compiled.set_threads(count)
+    compiled.set_threads(threads)
+    # a signal reaches the whole group; a worker that stops between a result and its delivery would hang the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_soon)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_soon(*_: object) -> None:
+    """Give the parent, which was asked to stop as well, time to end its workers in order."""
+    timer = Timer(_GRACE, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot tell its workers to stop: they would wait for work for ever."""
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _report(
-    source: Source, recipe: Recipe, writer: ArtifactWriter, artifact: Path, reasons: dict[str, int], seconds: float,
-    workers: int,
-) -> CompressReport:  # fmt: skip
+    source: Source, recipe: Recipe, writer: ArtifactWriter, artifact: Path, seconds: float, workers: int
+) -> CompressReport:
     entries = writer.entries.values()
     kept = sum(e.method == RAW for e in entries)
     original = sum(p.stat().st_size for p in source.weight_files())
@@ -266,7 +282,7 @@ def _report(
         tensors_total=len(entries),
         tensors_compressed=len(entries) - kept,
         tensors_kept=kept,
-        kept_reasons=reasons,
+        kept_reasons=writer.reasons,
         seconds=seconds,
         peak_memory_bytes=peak_memory() + workers * peak_of("RUSAGE_CHILDREN"),
     )

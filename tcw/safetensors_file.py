@@ -18,7 +18,7 @@ import numpy as np
 
 from tcw.disk import writing
 from tcw.errors import FormatError, SourceError
-from tcw.tensor import DTYPE_BITS, TensorInfo
+from tcw.tensor import DTYPE_BITS, MAX_DIMS, TensorInfo
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _MAX_NUMEL = 2**60
@@ -137,14 +137,14 @@ def _is_size(value: Any) -> bool:
 
 def _slot(path: Path, name: str, entry: Any, base: int) -> Slot:
     tensor = f"tensor `{_shown(name)}`"
-    if not name or any(c < " " or "\ud800" <= c <= "\udfff" for c in name):
+    if not name or any(c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" for c in name):
         _bad(path, f"holds a {tensor} whose name is not plain text")
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         _bad(path, f"describes {tensor} by something else than {', '.join(sorted(_FIELDS))}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         _bad(path, f"gives {tensor} the unknown dtype `{_shown(dtype)}`")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_size, shape)):
         _bad(path, f"gives {tensor} an impossible shape")
     numel = 1
     for size in shape:  # stop early: a product of a million large numbers would take for ever

@@ -12,7 +12,9 @@ A Source holds no open file and no tensor. Reads go to fresh buffers, never thro
 """
 
 import difflib
+import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ class Source:
         """
         self.path = Path(path).absolute()
         self.kind = kind or type(self).kind
-        self.id = id or self.path.resolve().name or "model"
+        self.id = id or os.fsencode(self.path.resolve().name).decode(errors="replace") or "model"
         self.revision = revision
         self.config: dict[str, Any] = folder.read_config(self.path)
         self.quantized_by = folder.quantized_by(self.config)
@@ -176,10 +178,16 @@ def open_source(text: str | Path, *, revision: str | None = None, progress: Repo
         return open_folder(path)
     if is_file:
         return _open_file(path, progress)
-    if isinstance(text, str) and _HUB_ID.fullmatch(name) and ".." not in name and not name.endswith(".gguf"):
+    unfinished = Path(f"{path}.partial").is_dir()
+    is_id = isinstance(text, str) and _HUB_ID.fullmatch(name) and ".." not in name and not name.endswith(".gguf")
+    if is_id and not unfinished:
         from tcw.sources import hub
 
         return hub.open_hub(name, revision)
+    if unfinished:
+        raise SourceError(
+            f"`{name}` is not finished", f"`tcw compress ... -o {shlex.quote(name)} --resume` goes on with it"
+        )
     raise _nothing(name, path)
 
 
@@ -212,8 +220,6 @@ def _open_file(path: Path, progress: Report) -> Source:
 
 def _nothing(text: str, path: Path) -> SourceError:
     """Say that nothing is there, with the nearest thing that is."""
-    if Path(f"{path}.partial").is_dir():
-        return SourceError(f"`{text}` is not finished", f"`tcw compress ... -o {text} --resume` goes on with it")
     try:
         beside = [p.name for p in path.parent.iterdir()]
     except OSError:

@@ -4,6 +4,7 @@ A crash leaves the `.partial`; it never leaves a folder that looks finished. Wha
 when asked for, and only if it is a model folder: `--force` must never be able to delete somebody's home.
 """
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -44,6 +45,34 @@ def claim(out: Path, inputs: list[Path], *, force: bool) -> Path:
                 f"`{out.name}` exists and is not a model folder", "`--force` replaces model folders only"
             )
     return partial_path(out)
+
+
+def hold(partial: Path) -> int | None:
+    """Lock a `.partial` folder against other runs until the handle returned is closed; it goes with the process.
+
+    None where the system cannot lock a folder (Windows, some network disks). Raises UsageError when another run has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        raise UsageError(
+            f"another run is writing `{partial.name}`", "wait until it ends, or choose another folder with `-o`"
+        ) from None
+    return handle
+
+
+def let_go(handle: int | None) -> None:
+    """Give back what `hold` gave."""
+    if handle is not None:
+        os.close(handle)
 
 
 def publish(out: Path) -> None:

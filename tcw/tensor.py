@@ -13,6 +13,7 @@ import numpy as np
 from tcw.errors import FormatError
 
 # safetensors dtype name -> bits per element
+MAX_DIMS = 64  # NumPy's limit
 DTYPE_BITS: dict[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,

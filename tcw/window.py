@@ -9,6 +9,7 @@ from tcw.tensor import TensorInfo
 
 WINDOW_BYTES = 256 << 20  # of tensors at work at once; a larger tensor is at work alone
 
+_MOST = 1024  # tensors at work at once, however small
 T = TypeVar("T")
 
 
@@ -22,10 +23,10 @@ def in_order(
     """
     todo = deque(infos)
     running: deque[tuple[TensorInfo, Future[T]]] = deque()
+    busy = 0
     try:
         while todo or running:
-            busy = sum(info.nbytes for info, _ in running)
-            while todo and (not running or busy + todo[0].nbytes <= WINDOW_BYTES):
+            while todo and (not running or (busy + todo[0].nbytes <= WINDOW_BYTES and len(running) < _MOST)):
                 info = todo.popleft()
                 running.append((info, submit(info)))
                 busy += info.nbytes
@@ -34,5 +35,6 @@ def in_order(
             del future  # holds the result as well
             yield info, result
             del result
+            busy -= info.nbytes
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tcw import artifact_writer, pipeline, recipe
+from tcw import artifact_writer, export, pipeline, recipe
 from tcw.artifact import RAW, SAME, Artifact
-from tcw.errors import OutputExists, ResourceError, SourceError, TcwError, UsageError
+from tcw.errors import FormatError, OutputExists, ResourceError, SourceError, TcwError, UsageError
 from tcw.events import Progress
 from tcw.source import open_source
 
@@ -267,3 +267,87 @@ def test_nothing_is_written_when_the_model_is_damaged(model: Path, tmp_path: Pat
         pipeline.compress(open_source(model), LOSSLESS, tmp_path / "out")
     shutil.rmtree(model)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_modules_beside_the_model_keep_their_weights(model: Path, tmp_path: Path) -> None:
+    """sentence-transformers puts small layers of its own into numbered folders."""
+    (model / "2_Dense").mkdir()
+    save_file({"linear.weight": np.ones((4, 4), np.float32)}, model / "2_Dense" / "model.safetensors")
+    pipeline.compress(open_source(model), LOSSLESS, tmp_path / "out")
+    artifact = open_source(tmp_path / "out")
+    assert "linear.weight" not in artifact.tensors()
+    export.export(artifact, "hf", tmp_path / "back")
+    assert (tmp_path / "back" / "2_Dense" / "model.safetensors").read_bytes() == (
+        model / "2_Dense" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_bad_side_file_shows_before_the_work(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(SourceError, match="LICENSE"):
+        pipeline.compress(open_source(model), LOSSLESS, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_cannot_be_opened_again_is_not_published(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tcw.artifact.MAX_DIMS", 1)
+    with pytest.raises(FormatError, match="impossible shape"):
+        pipeline.compress(open_source(model), LOSSLESS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_cannot_write_the_same_output(model: Path, tmp_path: Path) -> None:
+    source, out = open_source(model), tmp_path / "out"
+
+    def second(_: Progress) -> None:
+        for options in ({}, {"force": True}, {"resume": True}):
+            with pytest.raises(UsageError, match=r"another run is writing `out\.partial`"):
+                pipeline.compress(source, LOSSLESS, out, **options)
+        with pytest.raises(UsageError, match=r"another run is writing `out\.partial`"):
+            export.export(source, "hf", out)
+
+    report = pipeline.compress(source, LOSSLESS, out, progress=second)
+    whole = contents(report.artifact)
+    assert contents(pipeline.compress(source, LOSSLESS, tmp_path / "alone").artifact) == whole
+
+
+def test_a_resumed_run_knows_why_tensors_were_kept(model: Path, tmp_path: Path) -> None:
+    whole = pipeline.compress(open_source(model), LOSSLESS, tmp_path / "whole")
+    count = 0
+
+    def stop(_: Progress) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.compress(open_source(model), LOSSLESS, tmp_path / "out", progress=stop)
+    resumed = pipeline.compress(open_source(model), LOSSLESS, tmp_path / "out", resume=True)
+    assert resumed.kept_reasons == whole.kept_reasons
+    assert sum(resumed.kept_reasons.values()) == resumed.tensors_kept
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_do_not_outlive_a_killed_run(tiny_llama: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal\nfrom tcw import pipeline, recipe\nfrom tcw.source import open_source\n"
+        "def stop(_):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"if __name__ == '__main__':\n    source = open_source({str(tiny_llama)!r})\n"
+        f"    out = __import__('pathlib').Path({str(tmp_path / 'out')!r})\n"
+        "    pipeline.compress(source, recipe.load('lossless'), out, workers=2, progress=stop)\n"
+    )
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    # the workers hold the pipe as well: it is closed when the last one has gone
+    done = subprocess.run([sys.executable, script], capture_output=True, timeout=90)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a process group")
+def test_ctrl_c_is_for_the_parent_only() -> None:
+    with pipeline._executor(1) as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result(timeout=60) == signal.SIG_IGN

@@ -261,3 +261,16 @@ def test_every_dtype_round_trips(tmp_path: Path) -> None:
     path = written(tmp_path / "x", tensors)
     header = read_header(path)
     assert [(s.info, read_slot(path, s).tobytes()) for s in header.tensors.values()] == tensors
+
+
+def test_more_dimensions_than_an_array_can_have(tmp_path: Path) -> None:
+    for count, fine in ((64, True), (65, False)):
+        entry = {"dtype": "U8", "shape": [1] * count, "data_offsets": [0, 1]}
+        text = json.dumps({"a": entry}).encode()
+        path = tmp_path / f"{count}.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text + b"x")
+        if fine:
+            assert read_header(path).tensors["a"].info.shape == (1,) * 64
+        else:
+            with pytest.raises(FormatError, match="impossible shape"):
+                read_header(path)

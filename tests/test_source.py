@@ -374,3 +374,39 @@ def test_errors_are_ours_and_have_hints(tmp_path: Path) -> None:
         with pytest.raises(TcwError) as caught:
             open_source(text)
         assert caught.value.hint
+
+
+def test_one_shard_of_several_is_not_a_model(tmp_path: Path) -> None:
+    model(tmp_path / "m", **{"model-00001-of-00003": {"a": ARRAYS["a"]}})
+    with pytest.raises(SourceError, match=r"lacks `model-00002-of-00003\.safetensors`"):
+        open_source(tmp_path / "m")
+    model(tmp_path / "n", **{"model-00001-of-00001": ARRAYS})
+    assert contents(open_source(tmp_path / "n")) == EXPECTED
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m")
+    (folder / "1_Loop").symlink_to(".")
+    assert [p.as_posix() for p in open_source(folder).side_files()] == ["config.json"]
+    (folder / "tokenizer.json").symlink_to("tokenizer.json")
+    open_source(folder).side_files()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(SourceError):
+        open_source(folder)
+
+
+def test_a_run_in_progress_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name.partial").mkdir(parents=True)
+    with pytest.raises(SourceError, match="`org/name` is not finished") as caught:
+        open_source("org/name")
+    assert "-o org/name --resume" in caught.value.hint
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"m\xf6del")
+    source = open_source(model(folder))
+    assert source.id == "m\ufffddel"
+    assert contents(source) == EXPECTED

@@ -53,3 +53,19 @@ def test_an_error_ends_the_work() -> None:
     assert len(begun) < 100
     with pytest.raises(RuntimeError):
         pool.submit(work, infos[0])
+
+
+def test_tiny_tensors_take_time_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "_MOST", 8)
+    pool, open_now, most = ThreadPoolExecutor(2), 0, 0
+
+    def submit(info: TensorInfo) -> "Future[str]":
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        return pool.submit(lambda: info.name)
+
+    infos = [TensorInfo(f"t{k}", "U8", (1,)) for k in range(500)]
+    for _ in in_order(pool, infos, submit):
+        open_now -= 1
+    assert most == 8

@@ -5,10 +5,12 @@ Exit codes: 0 done; 1 it ran and the answer is no; 2 it could not run; 130 inter
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -101,9 +103,21 @@ def _settle_libraries(args: Sequence[str]) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def _stop_cleanly() -> None:
+    """Let `kill`, a scheduler or a closed terminal end a command as Ctrl-C does: it cleans up and says what to do."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)
+
+
 def main() -> None:
     """Entry point of `tcw`."""
     _settle_libraries(sys.argv[1:])
+    _stop_cleanly()
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: `>&-`
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115  for good
     code = execute(sys.argv[1:])
     try:
         flush()

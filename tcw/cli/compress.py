@@ -1,5 +1,7 @@
 """`tcw compress`: run a recipe over a model and write an artifact."""
 
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,7 +87,8 @@ def compress(
     with out.progress() as progress:
         source = open_source(model, progress=progress)
         chosen, plan = (choice.recipe, None) if choice.recipe else fit.choose(source, choice.limit, progress=progress)
-        target = output or Path(f"{model_name(source.id)}.{chosen.name}")
+        # a name that the system's own encoding cannot hold is written byte for byte
+        target = output or Path(os.fsdecode(f"{model_name(source.id)}.{chosen.name}".encode()))
         _say_unused(chosen, calibration)
         if dry_run:
             plan = plan or pipeline.plan(source, chosen, progress=progress)
@@ -171,4 +174,5 @@ def _show_report(report: "CompressReport", target: Path, model: str) -> None:
         "peak memory": show_bytes(report.peak_memory_bytes),
     }
     out.result(report.to_json(), lambda: out.facts(facts), target)
-    out.hint(f"`tcw verify {target}` proves it; `--reference {model}` also compares what it says")
+    artifact, reference = shlex.quote(str(target)), shlex.quote(model)
+    out.hint(f"`tcw verify {artifact}` proves it; `--reference {reference}` also compares what it says")

@@ -10,6 +10,9 @@ from tcw.errors import TcwError
 
 DEBUG_HINT = "this is a bug in tcw: set `TCW_DEBUG=1`, run it again, and report the traceback"
 _MEMORY_HINT = "close other programs, or try `--workers 1`; a GPU's memory is left alone by `--device cpu`"
+_IMPORT_HINT = "`tcw doctor` says what is broken; with too little memory this happens as well"
+# how torch, the loader of shared libraries and Python's threads say that memory is short
+_NO_MEMORY = re.compile(r"(?i)can(not|'t) allocate memory|failed to map segment|can't start new thread")
 _SPACE_HINT = "free some space, or choose another place with `-o`; caches can move with `TCW_CACHE`"
 
 
@@ -28,12 +31,14 @@ def describe(error: BaseException) -> Failure:
     if hasattr(error, "format_message"):  # what Typer raises when the command line cannot be read
         return _usage(error)
     # torch's out-of-memory errors, by name: torch may not be imported at all
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(str(error)):
         return Failure("resource_error", "not enough memory", _MEMORY_HINT)
     if isinstance(error, BrokenProcessPool):
         return Failure("resource_error", "a worker process was killed, most often for lack of memory", _MEMORY_HINT)
     if isinstance(error, OSError) and error.errno:
         return _system(error)
+    if isinstance(error, ImportError):
+        return Failure("import_error", f"cannot load a part of tcw: {_one_line(str(error))}", _IMPORT_HINT)
     return Failure("internal", f"internal: {type(error).__name__}: {_one_line(str(error))}".rstrip(": "), DEBUG_HINT)
 
 

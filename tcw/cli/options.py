@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tcw import methods, recipe
+from tcw.disk import writing
 from tcw.errors import OutputExists
 
 
@@ -69,7 +70,8 @@ def write_report(path: Path, text: str) -> None:
     """Write a report beside its place and rename it, so that a half-written one never stands there."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with writing(path):
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -68,7 +68,7 @@ class Output:
 
     def table(self, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Print columns in human mode: numbers to the right, nothing cut off; None is shown as `-`."""
-        cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+        cells = [["-" if cell is None else visible(str(cell)) for cell in row] for row in rows]
         right = [all(_NUMBER.fullmatch(row[i]) for row in cells) for i in range(len(headers))]
         lines = [list(headers), *cells] if any(headers) else cells
         width = [max((len(line[i]) for line in lines), default=0) for i in range(len(headers))]
@@ -81,7 +81,7 @@ class Output:
         shown = {name: value for name, value in pairs.items() if value is not None}
         width = max((len(name) for name in shown), default=0)
         for name, value in shown.items():
-            self._hang(f"{name.ljust(width)}  ", str(value))
+            self._hang(f"{name.ljust(width)}  ", visible(str(value)))
 
     def _hang(self, start: str, text: str) -> None:
         """Print `text` behind `start`; what does not fit the width goes below it. No word is ever cut."""
@@ -119,14 +119,14 @@ class Output:
 
     def warning(self, message: str) -> None:
         """Warn, in every mode."""
-        self._say(f"{self._paint('warning:', 'yellow')} {message}")
+        self._say(f"{self._paint('warning:', 'yellow')} {visible(message)}")
 
     def error(self, message: str, hint: str = "", code: str = "error") -> None:
         """Say what went wrong, in every mode; as a JSON object in json mode."""
         if self.mode == "json":
             self._say(json.dumps({"error": {"code": code, "message": message, "hint": hint}}))
             return
-        self._say(f"{self._paint('error:', 'red')} {message}")
+        self._say(f"{self._paint('error:', 'red')} {visible(message)}")
         if hint:
             self._say(f"\n{self._paint('hint:', 'cyan')} {hint}")
 
@@ -169,8 +169,13 @@ class Output:
         except UnicodeEncodeError:
             encoding = stream.encoding or "ascii"
             stream.write(text.encode(encoding, errors="replace").decode(encoding))
-        except BrokenPipeError:
-            abandon(stream)
+        except OSError as error:
+            _lost(stream, error)
+
+
+def visible(text: str) -> str:
+    """Show what would steer the terminal, or hide, as an escape: names come out of files of strangers."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class _ToOutput(logging.Handler):
@@ -207,8 +212,15 @@ def _plain(value: Any) -> Any:
 def _flush(stream: TextIO) -> None:
     try:
         stream.flush()
-    except BrokenPipeError:
-        abandon(stream)
+    except OSError as error:
+        _lost(stream, error)
+
+
+def _lost(stream: TextIO, error: OSError) -> None:
+    """Give up a stream whose reader went away, and stderr in any case: the exit code must still tell the outcome."""
+    if stream is not sys.stderr and not isinstance(error, BrokenPipeError):
+        raise error
+    abandon(stream)
 
 
 def abandon(stream: TextIO) -> None:

@@ -1,5 +1,6 @@
 """`tcw profile`: what a model costs here, and what each method would save."""
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -56,10 +57,12 @@ def profile(
         out.note(f"wrote {html}")
     data = found.to_json()
     out.result(data, lambda: show(data), data["weights"]["bytes"])
-    lossless = [m for m in data["methods"] if m["lossless"]]
+    lossless = [m for m in data["methods"] if m["lossless"] and m["bytes"] < data["weights"]["bytes"]]
     if lossless:
         best = min(lossless, key=lambda m: m["bytes"])
-        out.hint(f"`tcw compress {model} --method {best['name']}` would make about {show_bytes(best['bytes'])}")
+        out.hint(
+            f"`tcw compress {shlex.quote(model)} --method {best['name']}` would make about {show_bytes(best['bytes'])}"
+        )
 
 
 def show(data: dict[str, Any]) -> None:

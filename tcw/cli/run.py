@@ -2,7 +2,7 @@
 
 import sys
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,6 +50,8 @@ def run(
     """
     out.configure(json, quiet, verbose)
     text = sys.stdin.read() if prompt == "-" else prompt
+    if any("\ud800" <= c <= "\udfff" for c in text):  # how Python passes on bytes that are not UTF-8
+        raise UsageError("the prompt is not UTF-8 text", "give text, or convert it: `iconv -t UTF-8`")
     if not text.strip():
         raise UsageError("the prompt is empty", "give some text, or `-` to read it from stdin")
     from tcw.runtime.generate import generate
@@ -59,6 +61,7 @@ def run(
     with out.progress() as progress:
         source = open_source(artifact, progress=progress)
     model = load(source, residency=residency.value, device=device)
+    _check_speaks(model, source.id)
     found = generate(model, tokenizer(source), text, max_new_tokens, on_text=out.stream)
     if out.mode != "json" and not found.text.endswith("\n"):
         out.stream("\n")
@@ -68,3 +71,17 @@ def run(
         f"\n{len(found.tokens)} tokens, {found.tokens_per_second:.1f} a second, "
         f"the first after {show_seconds(found.prefill_seconds)}, peak memory {show_bytes(found.peak_memory_bytes)}"
     )
+
+
+def _check_speaks(model: Any, name: str) -> None:
+    """Refuse a model that does not go on from a text, before it trips over one."""
+    starts = model.generation_config if model.can_generate() else None
+    if starts is None or model.main_input_name != "input_ids":
+        raise UsageError(
+            f"`{name}` ({type(model).__name__}) does not go on from a text", "`tcw verify` runs any kind of model"
+        )
+    if model.config.is_encoder_decoder and starts.decoder_start_token_id is None and starts.bos_token_id is None:
+        raise UsageError(
+            f"`{name}` does not say which token its decoder starts with",
+            "put `decoder_start_token_id` into its generation_config.json",
+        )

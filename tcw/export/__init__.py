@@ -20,7 +20,7 @@ from tcw.errors import UnknownName, UsageError
 from tcw.events import Report, silent
 from tcw.methods import canonical
 from tcw.source import Source
-from tcw.staging import claim, publish, remove
+from tcw.staging import claim, hold, let_go, publish, remove
 
 ENGINE: tuple[str, ...] = ("patterns",)  # modules here that are not targets
 _SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
@@ -75,16 +75,22 @@ def export(
     name, options = canonical(target.partition(":")[0]), _options(module, target)
     out = Path(out).absolute()
     partial = claim(out, [source.path, *source.weight_files()], force=force)
+    lock = hold(partial) if partial.is_dir() else None
     try:
         with writing(out):
             remove(partial)
+            let_go(lock)
+            lock = None
             partial.mkdir()
+            lock = hold(partial)
             kept = module.write(source, partial, progress, **options)
             source.check_unchanged()
             publish(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        let_go(lock)
     files = sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file())
     return ExportReport(out, name, sum((out / f).stat().st_size for f in files), files, kept or {})
 

@@ -1,6 +1,7 @@
 """Plain Hugging Face safetensors: every tensor with the bytes it had, readable by any tool."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -18,8 +19,8 @@ def write(source: Source, folder: Path, progress: Report, *, shard_gb: float = 5
 
     One tensor is in memory at a time.
     """
-    if not shard_gb > 0:
-        raise UsageError(f"target `hf`: `shard_gb` must be more than 0, got `{shard_gb}`")
+    if not 0 < shard_gb < math.inf:
+        raise UsageError(f"target `hf`: `shard_gb` must be a size above 0, got `{shard_gb}`")
     copy_side_files(source, folder)
     shards = split(list(source.tensors().values()), int(shard_gb * 1e9))
     total = sum(info.nbytes for shard in shards for info in shard)

@@ -63,7 +63,11 @@ def inside(folder: Path, name: str) -> Path:
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":
         roots.append((folder.parent.parent / "blobs").resolve())
-    if not any(path.resolve().is_relative_to(root) for root in roots):
+    try:
+        place = path.resolve()
+    except (OSError, RuntimeError):
+        raise SourceError(f"`{path}` is a link to itself", "put the file itself there") from None
+    if not any(place.is_relative_to(root) for root in roots):
         raise SourceError(f"`{path}` is a link that leads out of the model folder", "put the file itself there")
     return path
 
@@ -82,7 +86,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     if not found:
         raise _no_weights(folder)
-    if len(found) > 1:
+    if len(found) > 1 or _SHARD.fullmatch(found[0]):
         _check_shards(folder, found)
     return [inside(folder, name) for name in found], {}
 
@@ -142,6 +146,9 @@ def side_files(folder: Path) -> list[Path]:
             continue
         if path.is_dir():
             if path.name == "additional_chat_templates" or _PART.fullmatch(path.name):
+                inside(folder, path.name)
+                if path.is_symlink():  # one that leads back up would copy the weights
+                    continue
                 found += [Path(path.name, p.name) for p in sorted(path.iterdir()) if p.is_file() and _carried(p, True)]
         elif path.is_file() and _carried(path, False):
             found.append(Path(path.name))

@@ -23,7 +23,7 @@ import numpy as np
 
 from tcw.cache import cache_folder
 from tcw.disk import sync_folder, writing
-from tcw.errors import FormatError, MissingDependency, SourceError, TcwError
+from tcw.errors import FormatError, MissingDependency, ResourceError, SourceError, TcwError
 from tcw.events import Progress, Report, silent
 from tcw.gguf_file import GgufHeader, GgufTensor, ggml_types, read_gguf
 from tcw.safetensors_file import StreamWriter, header_bound, read_range
@@ -142,9 +142,11 @@ def _transformers(path: Path, header: GgufHeader) -> Iterator[Any]:
         for name, function in slow.items():
             setattr(gguf, name, functools.cache(function))
         yield transformers
-    except TcwError:
+    except (TcwError, MemoryError):
         raise
     except Exception as error:  # whatever it trips over, it trips over this file
+        if "No space left on device" in str(error):  # the tokenizer is written by a library that says so in words
+            raise ResourceError("no space left to convert a GGUF file", "move the cache with `TCW_CACHE`") from None
         first = str(error).partition("\n")[0][:200]
         raise SourceError(
             f"transformers {version('transformers')} cannot convert `{path.name}` "

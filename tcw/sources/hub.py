@@ -99,7 +99,7 @@ def _unreachable(name: str, offline: bool) -> SourceError:
         hint = "unset HF_HUB_OFFLINE to download it, or give a folder"
         return SourceError(f"`{name}` is not in the local cache, and HF_HUB_OFFLINE is set", hint)
     hint = "check the network, or give a folder, a .gguf file or `demo:smollm2`"
-    return SourceError(f"cannot reach the hub, and `{name}` is not in the local cache", hint)
+    return SourceError(f"cannot reach the hub, and `{name}` is neither a folder here nor in the local cache", hint)
 
 
 def _status(error: Any) -> str:

@@ -72,6 +72,10 @@ def _text_plan(model: Any, tokenizer: Any | None, text: str) -> Plan:
     plan = Plan(feeds)
     if not model.can_generate():
         return plan
+    if model.config.is_encoder_decoder and _start_token(model.generation_config) is None:
+        plan.skipped["generation"] = "the model does not say which token its decoder starts with"
+        plan.skipped["perplexity"] = "the model is an encoder-decoder"
+        return plan
     plan.new_tokens = int(min(NEW_TOKENS, context - feeds[0].inputs["input_ids"].shape[1]))
     if model.config.is_encoder_decoder:
         plan.skipped["perplexity"] = "the model is an encoder-decoder"
@@ -80,6 +84,10 @@ def _text_plan(model: Any, tokenizer: Any | None, text: str) -> Plan:
     else:
         plan.feeds += _windows(tokenizer, text, int(min(WINDOW, context)), vocabulary)
     return plan
+
+
+def _start_token(config: Any) -> Any:
+    return config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
 
 
 def _windows(tokenizer: Any, text: str, length: int, vocabulary: int) -> list[Feed]:

@@ -110,7 +110,7 @@ def _check_one(artifact: Source, reference: Source | None, info: TensorInfo, oth
     try:
         tensor = artifact.read(name)
     except FormatError as error:
-        return _Outcome(name, error.message, damaged=True)
+        return _Outcome(name, error.message.removeprefix(f"`{name}` "), damaged=True)
     if reference is None:
         return _Outcome(name)
     if other is None:

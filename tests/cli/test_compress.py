@@ -125,3 +125,9 @@ def test_a_device_that_is_not_here(tcw: Run, tiny_llama: Path, tmp_path: Path) -
 )  # fmt: skip
 def test_default_name(source: str, name: str) -> None:
     assert model_name(source) == name
+
+
+def test_commands_in_hints_can_be_pasted(tcw: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "with space"
+    ran = tcw("compress", tiny_llama, "-r", "lossless", "-o", out)
+    assert f"`tcw verify '{out}'`" in ran.err

@@ -32,6 +32,9 @@ FAILURES: list[tuple[BaseException, str, str, str]] = [
     (OSError(errno.ENOMEM, "Cannot allocate memory"), "resource_error", "not enough memory", "--workers 1"),
     (PermissionError(errno.EACCES, "Permission denied", "f"), "system", "permission denied (`f`)", "who owns it"),
     (FileNotFoundError(errno.ENOENT, "No such file or directory", "f"), "system", "no such file or directory", "path"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "resource_error", "not enough memory", "--workers 1"),
+    (ImportError("libx.so: failed to map segment"), "resource_error", "not enough memory", "--workers 1"),
+    (ImportError("cannot import name `x`"), "import_error", "cannot load a part of tcw: cannot", "tcw doctor"),
     (BrokenProcessPool("x"), "resource_error", "a worker process was killed", "--workers 1"),
     (ZeroDivisionError("division\nby zero"), "internal", "internal: ZeroDivisionError: division by zero", "TCW_DEBUG"),
     (KeyError(), "internal", "internal: KeyError", "TCW_DEBUG=1"),
@@ -174,3 +177,28 @@ def test_ctrl_c_of_a_process(tmp_path: Path) -> None:
     code += "recipe.names = names\nimport sys; sys.argv = ['tcw', 'recipes']\ncli.main()\n"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_being_asked_to_stop_is_like_ctrl_c(name: str) -> None:
+    code = (
+        f"import signal\nfrom tcw import cli, recipe\n"
+        f"recipe.names = lambda: signal.raise_signal(signal.{name})\n"
+        f"import sys\nsys.argv = ['tcw', 'recipes']\ncli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.startswith("error: interrupted")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "<&- >/dev/full 2>/dev/full"])
+def test_lost_streams_leave_the_exit_code(streams: str) -> None:
+    if "full" in streams and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    for command, expected in (("recipes", 2 if "full" in streams else 0), ("info ./nothing-here", 2)):
+        line = f"{sys.executable} -m tcw {command} {streams}"
+        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+        assert done.returncode == expected, line
+        assert "Traceback" not in done.stderr

@@ -186,3 +186,13 @@ def test_a_reader_that_goes_away_is_no_failure() -> None:
     process.stderr.close()
     assert process.wait(timeout=30) == 3
     assert said == ""
+
+
+def test_names_from_files_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output()
+    out.table(["name"], [["\x1b[31mred\u202eevil"]])
+    out.facts({"a": "\x9b1m"})
+    out.error("no `\x07`")
+    shown = capsys.readouterr()
+    assert shown.out == "name\n\\x1b[31mred\\u202eevil\na  \\x9b1m\n"
+    assert shown.err == "error: no `\\x07`\n"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,14 +26,25 @@ class FakeGeneration:
         return {"text": self.text, "tokens": 2, "tokens_per_second": 12.34, "peak_memory_bytes": 865_800_000}
 
 
+class FakeModel:
+    """A model that generates text, as far as `tcw run` looks at it."""
+
+    main_input_name = "input_ids"
+    config = SimpleNamespace(is_encoder_decoder=False)
+    generation_config = SimpleNamespace(decoder_start_token_id=None, bos_token_id=None)
+
+    def can_generate(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Generate without a model; gives the list of prompts."""
     calls: list[Any] = []
 
-    def load(source: Any, *, residency: str, device: str) -> str:
+    def load(source: Any, *, residency: str, device: str) -> Any:
         calls.append((residency, device))
-        return "model"
+        return FakeModel()
 
     def generate(model: Any, tokenizer: Any, prompt: str, count: int, on_text: Callable[[str], None]) -> FakeGeneration:
         calls.append((prompt, count))
@@ -40,7 +52,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             on_text(piece)
         return FakeGeneration()
 
-    monkeypatch.setattr("tcw.source.open_source", lambda text, progress: text)
+    monkeypatch.setattr("tcw.source.open_source", lambda text, progress: SimpleNamespace(id=text))
     monkeypatch.setattr("tcw.runtime.load.load", load)
     monkeypatch.setattr("tcw.runtime.load.tokenizer", lambda source: "tokenizer")
     monkeypatch.setattr("tcw.runtime.generate.generate", generate)
@@ -78,3 +90,29 @@ def test_for_real(tcw: Run, tiny_llama: Path) -> None:
     data = json.loads(ran.out)
     assert 1 <= data["tokens"] <= 5
     assert {"text", "tokens", "tokens_per_second", "peak_memory_bytes"} <= set(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"can_generate": lambda self: False}, "does not go on from a text"),
+        ({"main_input_name": "input_features"}, "does not go on from a text"),
+        ({"config": SimpleNamespace(is_encoder_decoder=True)}, "which token its decoder starts with"),
+    ],
+)
+def test_models_that_cannot_answer(
+    tcw: Run, fake: list[Any], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    for name, value in change.items():
+        monkeypatch.setattr(FakeModel, name, value)
+    ran = tcw("run", "a", "Hi")
+    assert ran.code == 2
+    assert ran.err.startswith("error: `a`")
+    assert message in ran.err
+
+
+def test_a_prompt_that_is_not_text(tcw: Run, fake: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8", errors="surrogateescape"))
+    ran = tcw("run", "a", "-")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("error: the prompt is not UTF-8 text")

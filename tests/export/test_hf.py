@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from tcw import export as exporting
 from tcw import pipeline, recipe
+from tcw.errors import UsageError
 from tcw.export import hf
 from tcw.source import open_source
 from tcw.tensor import TensorInfo
@@ -110,3 +111,10 @@ def test_any_dtype_and_shape(tmp_path: Path) -> None:
     assert all(before.read(n).data.tobytes() == after.read(n).data.tobytes() for n in before.tensors())
     assert (tmp_path / "out" / "config.json").read_bytes() == b'{"x":1}\r\n'
     assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == '{"a":   1}'
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_impossible_shard_sizes(size: str, tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="must be a size above 0"):
+        exporting.export(open_source(tiny_llama), f"hf:shard_gb={size}", tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -76,6 +76,15 @@ def test_models_of_every_kind(kind: str, tmp_path: Path) -> None:
     assert "perplexity" in verdict.skipped, "there is no tokenizer"
 
 
+def test_a_decoder_without_a_start_is_compared_without_generation(tmp_path: Path) -> None:
+    hf.T5ForConditionalGeneration(hf.T5Config(**T5)).save_pretrained(tmp_path / "m")
+    source = open_source(tmp_path / "m")
+    verdict = verify(source, source)
+    assert verdict.verdict == "identical"
+    assert verdict.sections["logits"]["bit_identical"]
+    assert "which token its decoder starts with" in verdict.skipped["generation"]
+
+
 @pytest.mark.parametrize("kind", ["vision", "text and picture", "encoder-decoder"])
 def test_a_changed_weight_shows_in_the_output(kind: str, tmp_path: Path) -> None:
     model = build(kind)
