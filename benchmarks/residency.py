@@ -9,7 +9,7 @@ transformers imported and nothing loaded, "compiler" what Numba adds, which arti
 so far after loading and after generating. OpenMP has a thread
 for each core and OMP_WAIT_POLICY=PASSIVE, so that its threads do not spin while weights are decoded. All ways must
 give the same tokens. The synthetic model has the shapes of TinyLlama-1.1B, as many layers as fit, and Gaussian BF16
-weights. Writes benchmarks/results/DATE-residency.json.
+weights. Writes benchmarks/results/residency-DATE.json.
 """
 
 import argparse
@@ -211,7 +211,7 @@ def main() -> None:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     RESULTS.mkdir(exist_ok=True)
     report = {"date": today, "machine": machine(), "rounds": options.rounds, "new_tokens": TOKENS, "models": results}
-    (RESULTS / f"{today}-residency.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"residency-{today}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -132,9 +132,11 @@ def build(name: str, options: dict[str, Any]) -> Method:
     try:
         return cls(**values)
     except ValueError as error:
-        raise UsageError(
-            f"`{canonical(name)}`: {error}", f"`tcw methods {canonical(name)}` lists its options"
-        ) from None
+        raise UsageError(f"`{canonical(name)}`: {error}", _listing(canonical(name))) from None
+
+
+def _listing(method: str) -> str:
+    return f"`tcw methods {method}` lists its options"
 
 
 def _read(method: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
@@ -145,7 +147,7 @@ def _read(method: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
         value = float(value)
     choices = field.metadata.get("choices", ())
     if type(value) is not kind and kind is not type(None):
-        raise UsageError(f"`{method}`: `{field.name}` takes {kind.__name__}, got `{value}`")
+        raise UsageError(f"`{method}`: `{field.name}` takes {kind.__name__}, got `{value}`", _listing(method))
     if choices and value not in choices:
         raise UsageError(
             f"`{method}`: `{field.name}` cannot be `{value}`", f"choose from: {', '.join(str(c) for c in choices)}"
@@ -160,7 +162,7 @@ def _parse(method: str, key: str, kind: type, text: str) -> Any:
         return kind(text)
     except (KeyError, ValueError):
         expected = {bool: "on or off", int: "a whole number", float: "a number"}.get(kind, kind.__name__)
-        raise UsageError(f"`{method}`: `{key}` takes {expected}, got `{text}`") from None
+        raise UsageError(f"`{method}`: `{key}` takes {expected}, got `{text}`", _listing(method)) from None
 
 
 def card(name: str) -> Card:

@@ -112,7 +112,9 @@ def load(name_or_path: str) -> Recipe:
     except OSError as error:
         raise UsageError(f"cannot read the recipe `{path}`: {error.strerror}", "`tcw recipes` lists recipes") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FormatError(f"`{path.name}` is not valid TOML: {error}") from None
+        raise FormatError(
+            f"`{path.name}` is not valid TOML: {error}", "docs/methods.md and profiles/ have recipes to start from"
+        ) from None
     return from_table(path.stem, table)
 
 

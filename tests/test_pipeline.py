@@ -1,5 +1,6 @@
 """Recipe + Source -> artifact: what is written, that it can be interrupted, and that nothing else is touched."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -157,6 +158,31 @@ def test_resume_redoes_a_tensor_whose_bytes_were_lost(tiny_llama: Path, whole: P
     partial.write_bytes(data)
     pipeline.compress(source, LOSSLESS, out, resume=True)
     assert contents(out) == contents(whole)
+
+
+def test_a_resume_can_be_interrupted_again(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while it closes shards that were whole before: a tensor at a time, a shard each, killed after every one."""
+    monkeypatch.setattr(artifact_writer, "SHARD_BYTES", 1)
+    source, out = open_source(tiny_llama), tmp_path / "artifact"
+    pipeline.compress(source, LOSSLESS, tmp_path / "whole")
+
+    def interrupt(event: Progress) -> None:
+        raise KeyboardInterrupt
+
+    def close(self: artifact_writer.StreamWriter) -> None:
+        real(self)
+        raise KeyboardInterrupt
+
+    runs, real = 0, artifact_writer.StreamWriter.close
+    while not out.exists():
+        runs += 1
+        progress = interrupt if runs <= 20 else lambda event: None
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            if runs <= 20 and runs % 3 == 0:
+                patch.setattr(artifact_writer.StreamWriter, "close", close)
+            pipeline.compress(source, LOSSLESS, out, resume=True, progress=progress)
+    assert runs > 20
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_resume_refuses_another_recipe(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Generate text greedily, streaming, and say how fast it went and what it took."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from tcw.errors import UsageError
 from tcw.memory import peak_memory
 
 
@@ -47,14 +49,18 @@ def generate(
         model: a model that generates, from `tcw.load` or from_pretrained.
         tokenizer: its tokenizer.
         prompt: text; one user turn when the tokenizer has a chat template.
-        max_new_tokens: the model may stop earlier.
+        max_new_tokens: the model may stop earlier, and does where its context ends.
         on_text: is called with pieces of text as they come.
         chat: use the chat template when there is one.
 
     Returns:
         The text, the ids, and what it took. Peak memory is the process's on the CPU, the allocator's on a GPU.
+
+    Raises:
+        UsageError: the prompt fills the model's context.
     """
     inputs = encode_prompt(tokenizer, prompt, chat=chat).to(model.device)
+    max_new_tokens = min(max_new_tokens, _room(model, inputs["input_ids"].shape[1]))
     watch = _Watch(tokenizer, on_text or (lambda text: None))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     start = time.perf_counter()
@@ -68,6 +74,18 @@ def generate(
     times = watch.times[1:] or [time.perf_counter()]
     pace = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
     return Generation("".join(watch.pieces), tokens, pace, times[0] - start, _peak(model.device))
+
+
+def _room(model: Any, length: int) -> int:
+    """How many tokens fit behind a prompt of `length` tokens: past its context a model only babbles."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(context, int) or model.config.is_encoder_decoder:
+        return sys.maxsize
+    if length >= context:
+        raise UsageError(
+            f"the prompt has {length:,} tokens, the model's context is {context:,}", "give a shorter prompt"
+        )
+    return context - length
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = True) -> Any:

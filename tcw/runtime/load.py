@@ -76,7 +76,11 @@ def tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(str(source.path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"`{source.id}` has no tokenizer that transformers can load: {_first_line(error)}") from None
+        _log.info("the tokenizer of %s: %s", source.id, error)
+        raise SourceError(
+            f"`{source.id}` has no tokenizer that transformers can load",
+            "put the original model's tokenizer files beside its weights; `-v` shows what transformers says",
+        ) from None
 
 
 def _config(source: Source, trust_remote_code: bool) -> Any:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tcw
+import tcw.errors
 from tcw.recipe import from_specs
 from tcw.runtime.generate import encode_prompt, generate
 from tcw.runtime.load import tokenizer
@@ -61,6 +62,7 @@ def test_works_for_encoder_decoders(zoo: Any, tiny_llama: Path) -> None:
 RUN = """
 import sys
 import tcw
+import tcw.errors
 from tcw.memory import peak_memory
 import tcw.codecs.lanes, transformers.generation
 model = tcw.load(sys.argv[1], residency=sys.argv[2], device="cpu")
@@ -83,3 +85,12 @@ def test_smollm2_says_the_same_in_less_memory(smollm2: Path, tmp_path: Path) -> 
         found[name] = tokens, int(peak)
     assert found["plain"][0] == found["bf16"][0] == found["huffman"][0]
     assert found["bf16"][1] - found["huffman"][1] > 30e6  # of 269 MB; the tied embedding is decoded as a whole
+
+
+def test_stops_where_the_context_ends(tiny_llama: Path) -> None:
+    """tiny_llama has a context of 512 tokens, one a byte."""
+    words, model = tokenizer(tcw.open_model(tiny_llama)), tcw.load(tiny_llama, device="cpu")
+    model.generation_config.eos_token_id = None
+    assert len(generate(model, words, "a" * 500, 100).tokens) == 12
+    with pytest.raises(tcw.errors.UsageError, match="512"):
+        generate(model, words, "a" * 512, 1)
