@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -40,6 +41,7 @@ class Entry:
     sha256: str
     params: dict[str, Any] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
+    crc32: int = 0  # of the parts' bytes, in order
     same_as: str | None = None
     bits_per_weight: float = 0.0
 
@@ -57,7 +59,7 @@ class Entry:
         if self.method == SAME:
             entry["as"] = self.same_as
         elif self.method != RAW:
-            entry |= {"parts": list(self.parts), "params": self.params}
+            entry |= {"parts": list(self.parts), "crc32": self.crc32, "params": self.params}
         return entry
 
     @classmethod
@@ -80,8 +82,8 @@ class Entry:
             or len(set(parts)) != len(parts)
         ):
             raise FormatError(f"`{MANIFEST}`: `{name}` has impossible part names")
-        params = _field(entry, "params", dict, name)
-        return cls(info, method, sha256, params, tuple(parts), bits_per_weight=float(bits))
+        params, crc = _field(entry, "params", dict, name), _field(entry, "crc32", int, name)
+        return cls(info, method, sha256, params, tuple(parts), crc, bits_per_weight=float(bits))
 
 
 class Artifact(Source):
@@ -116,10 +118,21 @@ class Artifact(Source):
         return self.entries[entry.same_as] if entry.same_as else entry
 
     def encoded(self, name: str) -> Encoded:
-        """The stored parts of a compressed tensor (an alias gives those of the tensor it names)."""
+        """The stored parts of a compressed tensor (an alias gives those of the tensor it names).
+
+        They are held to their CRC-32: who decodes elsewhere, on a GPU say, has no hash of the result to compare.
+        Raises FormatError.
+        """
+        encoded, crc = self._stored(name), 0
+        for part in encoded.parts.values():
+            crc = zlib.crc32(part.reshape(-1).view(np.uint8).data, crc)
+        if crc != self.entry(name).crc32:
+            raise FormatError(f"the parts of `{name}` are not those that were written: another CRC-32", _DAMAGED)
+        return encoded
+
+    def _stored(self, name: str) -> Encoded:
         entry = self.entry(name)
-        parts = {p: self._read_part(f"{entry.name}.{p}") for p in entry.parts}
-        return Encoded(parts, entry.params)
+        return Encoded({p: self._read_part(f"{entry.name}.{p}") for p in entry.parts}, entry.params)
 
     def read(self, name: str) -> TensorData:
         """Decode one tensor to the bytes it had; a lossless one is held to its SHA-256.
@@ -130,7 +143,8 @@ class Artifact(Source):
         if entry.method == RAW:
             tensor = TensorData(info, self.read_stored(entry.name).data)
         else:
-            tensor = method_class(entry.method).decode(info, self.encoded(name))
+            method = method_class(entry.method)
+            tensor = method.decode(info, self._stored(name) if method.lossless else self.encoded(name))
         if self.is_lossless(name) and tensor.sha256() != self.entries[name].sha256:
             raise FormatError(f"`{name}` is not what was compressed: its SHA-256 is not the manifest's", _DAMAGED)
         return tensor

@@ -149,7 +149,7 @@ class ArtifactWriter:
                 crc = zlib.crc32(part.reshape(-1).view(np.uint8).data, crc)
             bits = stored.nbytes * 8 / info.numel if info.numel else 0.0
             parts = () if stored.method == RAW else tuple(stored.parts)
-            entry = Entry(info, stored.method, stored.sha256, stored.params, parts, bits_per_weight=bits)
+            entry = Entry(info, stored.method, stored.sha256, stored.params, parts, crc, bits_per_weight=bits)
         self._record(entry, slots, stored.reason)
         places = [[s.info.name, s.info.dtype, list(s.info.shape), s.start, s.end] for s in slots]
         self._log({"name": name, "entry": entry.to_json(), "slots": places, "crc": crc, "reason": stored.reason})

@@ -68,6 +68,7 @@ MANIFEST_ATTACKS: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "no parts": (entry({"parts": []}), "impossible part names"),
     "a part too many": (entry({"parts": ["codes", "ghost"]}), "is missing from the safetensors files"),
     "a part too few": (lambda m: m["tensors"][WEIGHT]["parts"].pop(), "not in the manifest"),
+    "crc of words": (entry({"crc32": "no"}), "no valid `crc32`"),
     "params a list": (entry({"params": []}), "no valid `params`"),
     "tensor forgotten": (lambda m: m["tensors"].pop("model.norm.weight"), "not in the manifest"),
     "alias of nothing": (
@@ -147,6 +148,8 @@ def test_every_flipped_byte_of_a_stored_part_is_noticed(artifact: Path) -> None:
             assert dict(damaged.check_files())[SHARD] is False
             with pytest.raises(FormatError):
                 damaged.read(WEIGHT)
+            with pytest.raises(FormatError, match="CRC-32"):
+                damaged.encoded(WEIGHT)
 
 
 def test_verdict_is_stored_and_nothing_else_changes(artifact: Path) -> None:
