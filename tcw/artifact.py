@@ -165,10 +165,6 @@ class Artifact(Source):
         weights = (".safetensors", ".safetensors.index.json")
         return [Path(n) for n in sorted(self._listed) if "/" in n or not n.endswith(weights)]
 
-    def stored_bytes(self) -> int:
-        """Bytes of the weight files on disk, headers included."""
-        return sum(path.stat().st_size for path in self.weight_files())
-
     def tensor_bytes(self, name: str) -> int:
         """Bytes that one tensor takes: its parts, or itself when raw; 0 for an alias."""
         entry = self.entries[name]

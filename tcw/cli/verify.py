@@ -88,7 +88,7 @@ def verify(
     out.result(data, lambda: show(data), verdict.verdict)
     if not verdict.ok:
         _say_why(data)
-        raise typer.Exit(1)
+        raise typer.Exit(verdict.exit_code)
 
 
 def show(data: dict[str, Any]) -> None:

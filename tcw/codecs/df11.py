@@ -89,15 +89,6 @@ def encode(words: np.ndarray, sizes: tuple[int, ...] = ()) -> Group:
     )
 
 
-def uncodable(words: np.ndarray) -> str | None:
-    """Why the official layout cannot hold these weights, uint16 [n], or None if it can."""
-    try:
-        encode(words)
-    except Uncodable as error:
-        return str(error)
-    return None
-
-
 def _refuse(fine: bool, why: str) -> None:
     if not fine:
         raise Uncodable(why)

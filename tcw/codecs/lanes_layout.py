@@ -62,12 +62,6 @@ def chunks_of(symbols: int) -> int:
     return -(-symbols // CHUNK)
 
 
-def lane_sizes(symbols: int) -> np.ndarray:
-    """How many symbols each lane of a chunk with `symbols` symbols has, int64 [32]."""
-    rows, rest = divmod(symbols, ROW)
-    return GROUP * rows + np.clip(rest - GROUP * np.arange(LANES), 0, GROUP)
-
-
 def units(segments: Sequence[int], unit_chunks: int = 64) -> np.ndarray:
     """Cut segments into units of work of at most `unit_chunks` chunks that share a table.
 
