@@ -34,6 +34,10 @@ class FakeVerdict:
     def ok(self) -> bool:
         return self.verdict != "different"
 
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.ok else 1
+
     def to_json(self) -> dict[str, Any]:
         return self.data
 
