@@ -26,7 +26,7 @@ from tcw.disk import writing
 from tcw.errors import FormatError, SourceError, UsageError
 from tcw.safetensors_file import Slot, StreamWriter, header_bound, read_range
 from tcw.source import Source
-from tcw.staging import claim, hold, let_go, publish, remove
+from tcw.staging import MARK, begin, claim, discard, hold, let_go, publish
 from tcw.tensor import FLOAT_DTYPES, PART_DTYPES, TensorInfo
 
 SHARD_BYTES = 5_000_000_000  # of original tensors; compressed shards come out smaller
@@ -103,11 +103,11 @@ class ArtifactWriter:
                     f"`{self._folder.name}` is there from an interrupted run",
                     "pass `--resume` to go on with it, or `--force` to start again",
                 )
-            remove(self._folder)
+            discard(self._folder)
             let_go(self._lock)
             self._lock = None
         with writing(self._folder):
-            self._folder.mkdir()
+            begin(self._folder)
             self._lock = hold(self._folder)
             self._journal = (self._folder / _JOURNAL).open("x", encoding="utf-8")
             self._log({"run": self._fingerprint()})
@@ -243,7 +243,8 @@ class ArtifactWriter:
         with writing(self._folder):
             self._write_sides()
             files = {p.relative_to(self._folder).as_posix(): p for p in sorted(self._folder.rglob("*")) if p.is_file()}
-            files.pop(_JOURNAL)
+            for own in (_JOURNAL, MARK):
+                files.pop(own)
             manifest = self._manifest(source_hashes, {n: self._facts(n, p) for n, p in files.items()})
             (self._folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
             Artifact(self._folder)  # what cannot be opened again must not look finished

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from tcw.cores import cores
 from tcw.errors import UsageError
 
 MAX_COPY_BYTES = 512 << 20
@@ -132,7 +133,7 @@ def _cuda(name: str, reason: str) -> Device:
     import torch
 
     free, total = torch.cuda.mem_get_info(name)
-    return Device(torch.cuda.get_device_name(name), name, "cuda", total, free, reason, cpu_cores())
+    return Device(torch.cuda.get_device_name(name), name, "cuda", total, free, reason, cores())
 
 
 def _mps(name: str, reason: str) -> Device:
@@ -140,19 +141,12 @@ def _mps(name: str, reason: str) -> Device:
 
     total = torch.mps.recommended_max_memory()
     free = max(0, total - torch.mps.driver_allocated_memory())
-    return Device(f"{cpu_name()} GPU", name, "mps", total, free, reason, cpu_cores())
+    return Device(f"{cpu_name()} GPU", name, "mps", total, free, reason, cores())
 
 
 def _cpu(reason: str) -> Device:
     total, free = cpu_memory()
-    return Device(cpu_name(), "cpu", "cpu", total, free, reason, cpu_cores())
-
-
-def cpu_cores() -> int:
-    """Number of cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return Device(cpu_name(), "cpu", "cpu", total, free, reason, cores())
 
 
 def cpu_name() -> str:

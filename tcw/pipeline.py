@@ -22,6 +22,7 @@ from typing import Any
 
 from tcw.artifact import RAW, SAME, file_sha256
 from tcw.artifact_writer import ArtifactWriter, Stored
+from tcw.cores import cores
 from tcw.errors import ResourceError, SourceError, UsageError
 from tcw.events import Progress, Report, silent
 from tcw.memory import peak_memory, peak_of
@@ -233,10 +234,9 @@ def _results(
 def _executor(workers: int) -> Executor:
     if workers < 0:
         raise UsageError(f"`--workers` takes 0 or more, got `{workers}`")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers == 0:
-        return ThreadPoolExecutor(cores)
-    share = max(1, cores // workers)
+        return ThreadPoolExecutor(cores())
+    share = max(1, cores() // workers)
     return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_settle_worker, initargs=(share,))
 
 

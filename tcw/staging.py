@@ -7,11 +7,13 @@ when asked for, and only if it is a model folder: `--force` must never be able t
 import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from tcw.disk import sync_folder
 from tcw.errors import OutputExists, UsageError
 
+MARK = ".tcw-partial"  # lies in every `.partial` folder: only what has it is ever deleted
 _MARKS = ("tcw.json", "config.json")  # what a folder must hold to be replaceable
 
 
@@ -75,27 +77,41 @@ def let_go(handle: int | None) -> None:
         os.close(handle)
 
 
+def begin(partial: Path) -> None:
+    """Make an empty `.partial` folder that says whose it is."""
+    partial.mkdir()
+    (partial / MARK).touch()
+
+
+def discard(partial: Path) -> None:
+    """Delete what an interrupted run left. Raises OutputExists for a folder that is not one of ours."""
+    if not partial.exists() and not partial.is_symlink():
+        return
+    if partial.is_symlink() or not (partial / MARK).is_file():
+        raise OutputExists(
+            f"`{partial.name}` stands in the way and was not made by tcw", "move it, or choose another folder with `-o`"
+        )
+    shutil.rmtree(partial)
+
+
 def publish(out: Path) -> None:
     """Rename the finished `.partial` into place; what stood there goes only after that has worked."""
-    partial, old = partial_path(out), out.with_name(out.name + ".old")
+    partial = partial_path(out)
+    (partial / MARK).unlink()
     sync_folder(partial)
-    if out.exists():
-        remove(old)
-        out.rename(old)
-    try:
+    if not out.exists():
         partial.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
+    else:
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        out.rename(aside / out.name)
+        try:
+            partial.rename(out)
+        except OSError:
+            (aside / out.name).rename(out)
+            aside.rmdir()
+            raise
+        shutil.rmtree(aside)
     sync_folder(out.parent)
-    remove(old)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder of ours, if it is there."""
-    if folder.is_dir() and not folder.is_symlink():
-        shutil.rmtree(folder)
 
 
 def _replaceable(out: Path) -> bool:

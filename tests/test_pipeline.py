@@ -244,8 +244,22 @@ def test_output_is_refused_unless_forced_and_only_models_are_replaced(model: Pat
     with pytest.raises(UsageError, match="no folder"):
         pipeline.compress(source, LOSSLESS, tmp_path / "nowhere" / "out")
     assert contents(model) == before
-    assert not list(tmp_path.glob("*.partial"))
-    assert not list(tmp_path.glob("*.old"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "model", "out"]
+
+
+def test_force_deletes_nothing_that_lies_beside(model: Path, tmp_path: Path) -> None:
+    source, out = open_source(model), tmp_path / "out"
+    pipeline.compress(source, LOSSLESS, out)
+    for name in ("out.old", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "letters.txt").write_text("dear")
+    with pytest.raises(OutputExists, match="was not made by tcw"):
+        pipeline.compress(source, LOSSLESS, out, force=True)
+    (tmp_path / "out.partial").rename(tmp_path / "moved")
+    pipeline.compress(source, LOSSLESS, out, force=True)
+    assert (tmp_path / "out.old" / "letters.txt").read_text() == "dear"
+    assert (tmp_path / "moved" / "letters.txt").read_text() == "dear"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "moved", "out", "out.old"]
 
 
 def test_skip_and_only_are_obeyed(model: Path, tmp_path: Path) -> None:

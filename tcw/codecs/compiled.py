@@ -17,6 +17,8 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from tcw.cores import cores
+
 # numba fills these registries at the first compilation, and two threads that do so at once break each other; here the
 # import lock lets one thread through
 cpu_target.typing_context.refresh()
@@ -107,12 +109,7 @@ def readonly(array: np.ndarray) -> np.ndarray:
 
 def threads() -> int:
     """How many threads `spread` uses: what `set_threads` said, else the cores this process may run on."""
-    if _threads:
-        return _threads
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
+    return _threads or cores()
 
 
 def set_threads(count: int) -> None:

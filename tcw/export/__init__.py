@@ -20,7 +20,7 @@ from tcw.errors import UnknownName, UsageError
 from tcw.events import Report, silent
 from tcw.methods import canonical
 from tcw.source import Source
-from tcw.staging import claim, hold, let_go, publish, remove
+from tcw.staging import begin, claim, discard, hold, let_go, publish
 
 ENGINE: tuple[str, ...] = ("patterns",)  # modules here that are not targets
 _SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
@@ -77,11 +77,13 @@ def export(
     partial = claim(out, [source.path, *source.weight_files()], force=force)
     lock = hold(partial) if partial.is_dir() else None
     try:
+        discard(partial)
+    finally:
+        let_go(lock)
+    lock = None
+    try:
         with writing(out):
-            remove(partial)
-            let_go(lock)
-            lock = None
-            partial.mkdir()
+            begin(partial)
             lock = hold(partial)
             kept = module.write(source, partial, progress, **options)
             source.check_unchanged()

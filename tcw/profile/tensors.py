@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tcw.device import cpu_cores
+from tcw.cores import cores
 from tcw.events import Progress, Report, silent
 from tcw.profile.entropy import EXPONENTS, entropy_bits, exponent_counts
 from tcw.profile.parts import PARTS, block_of, part_of
@@ -116,7 +116,7 @@ def scan(source: Source, steps: Iterable[Step] = (), *, progress: Report = silen
 
     # numba loads its type registries at its first compilation, and two threads must not do that at once
     exponent_counts(TensorData(TensorInfo("", "BF16", (1,)), np.zeros(2, np.uint8)))
-    with ThreadPoolExecutor(cpu_cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for look in pool.map(lambda info: _look(source, info, methods, large), infos.values()):
             looks.append(look)
             done += look.info.nbytes

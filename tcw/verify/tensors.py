@@ -4,7 +4,6 @@ Reading a tensor of an artifact compares its SHA-256 with the manifest; here tha
 """
 
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tcw.artifact import Artifact
+from tcw.cores import cores
 from tcw.errors import FormatError
 from tcw.events import Progress, Report
 from tcw.source import Source
@@ -93,7 +93,7 @@ def _outcomes(
 ) -> Iterator[_Outcome]:
     """Check the tensors of `here`, some at once, and give the outcomes in order."""
     total, done = sum(i.nbytes for i in here.values()), 0
-    pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="tcw-verify")
+    pool = ThreadPoolExecutor(cores(), thread_name_prefix="tcw-verify")
 
     def submit(info: TensorInfo) -> Future[_Outcome]:
         return pool.submit(_check_one, artifact, reference, info, there.get(info.name))

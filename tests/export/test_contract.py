@@ -12,6 +12,7 @@ from tcw import export as exporting
 from tcw.errors import OutputExists, ResourceError, SourceError, UnknownName, UsageError
 from tcw.events import Progress
 from tcw.source import open_source
+from tcw.staging import MARK, begin
 
 TARGETS = exporting.names()
 
@@ -164,7 +165,17 @@ def test_an_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_left_partial_is_replaced(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
+    begin(tmp_path / "out.partial")
     (tmp_path / "out.partial" / "old").write_text("x")
     report = exporting.export(open_source(model), "hf", tmp_path / "out")
     assert Path("old") not in report.files
+    assert Path(MARK) not in report.files
+
+
+def test_a_partial_of_somebody_else_is_kept(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "letters.txt").write_text("dear")
+    for _ in range(2):
+        with pytest.raises(OutputExists, match="was not made by tcw"):
+            exporting.export(open_source(model), "hf", tmp_path / "out", force=True)
+    assert (tmp_path / "out.partial" / "letters.txt").read_text() == "dear"
