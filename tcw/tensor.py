@@ -84,3 +84,37 @@ class TensorData:
     def sha256(self) -> str:
         """Hex SHA-256 of the bytes."""
         return hashlib.sha256(self.data.data).hexdigest()
+
+    def floats(self) -> np.ndarray:
+        """The values as float32 [*shape], a copy; of BF16, F16, F32 and (rounded) F64. Raises FormatError for others."""
+        if self.info.dtype == "BF16":
+            values = (self.words.astype(np.uint32) << 16).view(np.float32)
+        elif self.info.dtype in ("F16", "F32", "F64"):
+            values = self.words.view(f"f{self.info.bits // 8}").astype(np.float32)
+        else:
+            raise FormatError(f"tensor `{self.info.name}` is {self.info.dtype}, not a float that is computed with")
+        return values.reshape(self.info.shape)
+
+    @classmethod
+    def of_floats(cls, info: TensorInfo, values: np.ndarray) -> "TensorData":
+        """Round float32 or float64 values [*shape] to the dtype of `info` (BF16, F16, F32, F64), ties to even.
+
+        BF16 is rounded by way of float32. Raises FormatError for another dtype or shape.
+        """
+        if values.shape != info.shape:
+            raise FormatError(f"tensor `{info.name}` has the shape {list(info.shape)}, got {list(values.shape)}")
+        if info.dtype == "BF16":
+            words = round_to_bf16(np.ascontiguousarray(values, np.float32))
+        elif info.dtype in ("F16", "F32", "F64"):
+            with np.errstate(over="ignore"):
+                words = np.ascontiguousarray(values, f"f{info.bits // 8}")
+        else:
+            raise FormatError(f"tensor `{info.name}` is {info.dtype}, not a float that is computed with")
+        return cls(info, words.reshape(-1).view(np.uint8))
+
+
+def round_to_bf16(values: np.ndarray) -> np.ndarray:
+    """Bit patterns (uint16) of the BF16 numbers nearest to float32 `values`, ties to even; a NaN stays one."""
+    bits = values.view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), (bits >> 16).astype(np.uint16) | np.uint16(0x40), rounded)

@@ -3,6 +3,9 @@
 `encode` takes a tensor's bytes and returns the parts to store, or None to keep the tensor as it is. `decode` turns
 the parts back into bytes; it must not trust them: parts come from a file, and what disagrees with the declared
 shape raises FormatError before anything is allocated by it.
+
+A method that calibrates is also told what went into the layer (`Statistics`); without that it does what it can from
+the weights alone. Modules whose names begin with `_` hold what several methods share.
 """
 
 from collections.abc import Callable
@@ -28,6 +31,37 @@ class Encoded:
     def nbytes(self) -> int:
         """Bytes of all parts: streams, tables, scales, indices, padding."""
         return sum(part.nbytes for part in self.parts.values())
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration found out about the linear layer y = W x whose weight W [out, in] a tensor is.
+
+    Attributes:
+        hessian: float32 [in, in], mean over tokens of x xᵀ, where x is the layer's input in the model as it is quantised
+            up to here; None where the layer saw too few tokens: then a method works from the weights alone.
+        tokens: how many tokens went into that mean.
+        drift: float32 [in, in], mean of (x₀ - x) xᵀ, where x₀ is the input in the original model; None if not asked for.
+        gradient: float32 [out], mean over tokens of (∂L/∂y)², where L is the summed loss on tokens drawn from the model's
+            own predictions: half of Σ gradient · (error of y)² estimates the KL divergence a token, in nats.
+        bits: the real bits per weight that this tensor is given, where they are allocated over the model.
+    """
+
+    hessian: np.ndarray | None = None
+    tokens: int = 0
+    drift: np.ndarray | None = None
+    gradient: np.ndarray | None = None
+    bits: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a tensor costs at some sizes: real bits per weight -> estimated KL in nats; tensors of a group go together."""
+
+    name: str
+    numel: int
+    damage: dict[float, float]
+    group: str = ""
 
 
 class Reader:
@@ -65,12 +99,51 @@ class WeightMethod(Method):
         """Names of all parts that `encode` may store for a tensor: their room in the file's header is set aside."""
         raise NotImplementedError
 
-    def encode(self, tensor: TensorData) -> Encoded | None:
+    def encode(self, tensor: TensorData, statistics: Statistics | None = None) -> Encoded | None:
         """Compress one tensor, or return None to keep it raw (it would grow, or cannot be coded)."""
         raise NotImplementedError
 
     def predict(self, tensor: TensorData) -> int:
         """Bytes that `encode` would store (the raw size where it would return None), without encoding."""
+        raise NotImplementedError
+
+    def calibrates(self) -> bool:
+        """Say whether `encode` wants statistics; options may switch that off."""
+        return self.needs_calibration
+
+    def wants_drift(self) -> bool:
+        """Say whether the statistics should hold `drift`, which takes a second run of the original model."""
+        return False
+
+    def rotates(self) -> bool:
+        """Say whether the model is to be rotated (tcw/calibration/rotation.py) before this method sees it."""
+        return False
+
+    def prescale(self, weights: list[np.ndarray], statistics: Statistics) -> np.ndarray | None:
+        """Find a scale s for the input of linear layers that share it, or None for no scaling.
+
+        Args:
+            weights: float32 [out, in] of each layer.
+            statistics: of the shared input.
+
+        Returns:
+            float32 [in], above 0. The layers get W·diag(s), and what comes before them is divided by s.
+        """
+        return None
+
+    def allocates(self) -> bool:
+        """Say whether bits are to be allocated over the model: then `probe` and `allocate` are asked before `encode`."""
+        return False
+
+    def probe(self, tensor: TensorData, statistics: Statistics) -> dict[float, np.ndarray]:
+        """Estimate what sizes cost: real bits per weight -> squared error of each output, mean over tokens, float64 [out].
+
+        `statistics` are those of the original model, without `gradient` and `bits`.
+        """
+        raise NotImplementedError
+
+    def allocate(self, curves: list[Curve]) -> dict[str, float]:
+        """Choose the real bits per weight of each tensor: name -> bits."""
         raise NotImplementedError
 
     @classmethod

@@ -27,7 +27,7 @@ import numpy as np
 from tcw.errors import FormatError
 from tcw.methods import option
 from tcw.tensor import TensorData, TensorInfo
-from tcw.weights import Encoded, Reader, WeightMethod
+from tcw.weights import Encoded, Reader, Statistics, WeightMethod
 
 if TYPE_CHECKING:
     from tcw.codecs import lanes
@@ -61,7 +61,7 @@ class DFloat11(WeightMethod):
         planes = ("raw", "low") if info.dtype == "F32" else ("raw",)
         return ("codes", "lane_bytes", "chunk_base", "table", *planes)
 
-    def encode(self, tensor: TensorData) -> Encoded | None:
+    def encode(self, tensor: TensorData, statistics: Statistics | None = None) -> Encoded | None:
         """Code the tensor, or return None where that does not save `min_saving`."""
         from tcw.codecs import lanes  # compiles its loops: not for `tcw --help`
 
