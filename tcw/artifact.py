@@ -44,6 +44,7 @@ class Entry:
     crc32: int = 0  # of the parts' bytes, in order
     same_as: str | None = None
     bits_per_weight: float = 0.0
+    rewritten: bool = False  # the source has other bytes: the model was rotated or scaled first
 
     @property
     def name(self) -> str:
@@ -56,6 +57,8 @@ class Entry:
             "method": self.method, "dtype": self.info.dtype, "shape": list(self.info.shape), "sha256": self.sha256,
             "bits_per_weight": round(self.bits_per_weight, 4),
         }  # fmt: skip
+        if self.rewritten:
+            entry["rewritten"] = True
         if self.method == SAME:
             entry["as"] = self.same_as
         elif self.method != RAW:
@@ -71,10 +74,14 @@ class Entry:
         bits = entry.get("bits_per_weight", 0.0)
         if isinstance(bits, bool) or not isinstance(bits, int | float):
             raise FormatError(f"`{MANIFEST}`: `{name}` has a `bits_per_weight` that is no number")
+        rewritten = entry.get("rewritten", False)
+        if not isinstance(rewritten, bool):
+            raise FormatError(f"`{MANIFEST}`: `{name}` has a `rewritten` that is neither true nor false")
+        common = {"bits_per_weight": float(bits), "rewritten": rewritten}
         if method == RAW:
-            return cls(info, method, sha256, bits_per_weight=float(bits))
+            return cls(info, method, sha256, **common)
         if method == SAME:
-            return cls(info, method, sha256, same_as=_field(entry, "as", str, name), bits_per_weight=float(bits))
+            return cls(info, method, sha256, same_as=_field(entry, "as", str, name), **common)
         parts = _field(entry, "parts", list, name)
         if (
             not parts
@@ -83,7 +90,7 @@ class Entry:
         ):
             raise FormatError(f"`{MANIFEST}`: `{name}` has impossible part names")
         params, crc = _field(entry, "params", dict, name), _field(entry, "crc32", int, name)
-        return cls(info, method, sha256, params, tuple(parts), crc, bits_per_weight=float(bits))
+        return cls(info, method, sha256, params, tuple(parts), crc, **common)
 
 
 class Artifact(Source):

@@ -33,6 +33,7 @@ SHARD_BYTES = 5_000_000_000  # of original tensors; compressed shards come out s
 INDEX = "model.safetensors.index.json"
 _METADATA = {"format": "pt"}  # transformers refuses files that do not say this
 _JOURNAL = "journal.jsonl"
+_SCRATCH = "calibration"  # what a run keeps on the way, not part of the artifact
 _VERSIONS = ("numpy", "numba", "safetensors", "torch", "transformers")
 
 
@@ -46,6 +47,7 @@ class Stored:
     parts: dict[str, np.ndarray]
     params: dict[str, Any] = field(default_factory=dict)
     reason: str = ""  # why a tensor was kept raw
+    rewritten: bool = False  # the source has other bytes: the model was rotated or scaled first
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +81,7 @@ class ArtifactWriter:
         self._shard_of = {info.name: k for k, shard in enumerate(self._shards) for info in shard}
         self.entries: dict[str, Entry] = {}
         self.reasons: dict[str, int] = {}  # why tensors were kept raw, and how many
+        self.scratch = self._folder / _SCRATCH
         self._sides = source.side_files()  # a bad one shows before the work, not after it
         self._first: dict[tuple[str, str, tuple[int, ...]], str] = {}  # compressed tensors by content
         self._weight_map: dict[str, str] = {}
@@ -136,7 +139,7 @@ class ArtifactWriter:
         slots: list[Slot] = []
         crc = 0
         if stored.method != RAW and content in self._first:
-            entry = Entry(info, SAME, stored.sha256, same_as=self._first[content])
+            entry = Entry(info, SAME, stored.sha256, same_as=self._first[content], rewritten=stored.rewritten)
         else:
             writer = self._shard(self._shard_of[name])
             for part_info, part in stored.named_parts():
@@ -149,7 +152,7 @@ class ArtifactWriter:
                 crc = zlib.crc32(part.reshape(-1).view(np.uint8).data, crc)
             bits = stored.nbytes * 8 / info.numel if info.numel else 0.0
             parts = () if stored.method == RAW else tuple(stored.parts)
-            entry = Entry(info, stored.method, stored.sha256, stored.params, parts, crc, bits_per_weight=bits)
+            entry = Entry(info, stored.method, stored.sha256, stored.params, parts, crc, None, bits, stored.rewritten)
         self._record(entry, slots, stored.reason)
         places = [[s.info.name, s.info.dtype, list(s.info.shape), s.start, s.end] for s in slots]
         self._log({"name": name, "entry": entry.to_json(), "slots": places, "crc": crc, "reason": stored.reason})
@@ -233,19 +236,26 @@ class ArtifactWriter:
             else:
                 self._writer = StreamWriter(path, self._room[k], _METADATA)
 
-    def finish(self, source_hashes: dict[str, str]) -> Path:
-        """Write index, config, side files and manifest, and rename the folder into place."""
+    def finish(self, source_hashes: dict[str, str], calibration: dict[str, Any] | None = None) -> Path:
+        """Write index, config, side files and manifest, and rename the folder into place.
+
+        `calibration` is what the manifest says of the text and of what fell short; `kv_scales` in it stands by itself.
+        """
         if missing := [info.name for info in self.order if info.name not in self.entries]:
             raise FormatError(f"tensor `{missing[0]}` was never written")
         if self.order:
             self._shard(len(self._shards) - 1)
         self._close_shard()
         with writing(self._folder):
+            shutil.rmtree(self.scratch, ignore_errors=True)
             self._write_sides()
             files = {p.relative_to(self._folder).as_posix(): p for p in sorted(self._folder.rglob("*")) if p.is_file()}
             for own in (_JOURNAL, MARK):
                 files.pop(own)
             manifest = self._manifest(source_hashes, {n: self._facts(n, p) for n, p in files.items()})
+            said = dict(calibration or {})
+            manifest |= {"kv_scales": said.pop("kv_scales")} if "kv_scales" in said else {}
+            manifest |= {"calibration": said} if said else {}
             (self._folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
             Artifact(self._folder)  # what cannot be opened again must not look finished
             self._journal.close()
@@ -281,6 +291,7 @@ class ArtifactWriter:
                 "files": {n: {"bytes": sizes[n], "sha256": source_hashes[n]} for n in sorted(sizes)},
             },
             "recipe": self._recipe,
+            "transforms": list(source.transforms),
             "tensors": {info.name: self.entries[info.name].to_json() for info in self.order},
             "policies": [],
             "files": files,

@@ -1,10 +1,12 @@
 """Recipe + Source -> artifact, tensor by tensor.
 
+    rotate, calibrate             where a method asks for it: block by block, results on the disk
     read ─► hash ─► encode        in workers, several tensors at once, never more than a window of bytes
                       └─► write   here, in the source's order
 
-The unit of work is `compress_tensor`, a plain function of plain arguments, so threads, processes or a cluster are a
-choice of executor. Memory is bounded by the window and the largest tensor, never by the model.
+A tensor that calibration has coded already is only taken over. The unit of work is `compress_tensor`, a plain function
+of plain arguments, so threads, processes or a cluster are a choice of executor. Memory is bounded by the window and the
+largest tensor, never by the model.
 """
 
 import os
@@ -22,6 +24,8 @@ from typing import Any
 
 from tcw.artifact import RAW, SAME, file_sha256
 from tcw.artifact_writer import ArtifactWriter, Stored
+from tcw.calibration import Settings
+from tcw.calibration.store import NOTHING, Calibrated
 from tcw.cores import cores
 from tcw.errors import ResourceError, SourceError, UsageError
 from tcw.events import Progress, Report, silent
@@ -52,6 +56,7 @@ class Plan:
     recipe: Recipe
     tensors: tuple[PlannedTensor, ...]
     peak_memory_bytes: int
+    calibration: dict[str, Any] | None = None  # what it would take (tcw/calibration/run.py), None without
 
     @property
     def original_bytes(self) -> int:
@@ -79,6 +84,7 @@ class CompressReport:
     kept_reasons: dict[str, int]
     seconds: float
     peak_memory_bytes: int
+    notes: tuple[str, ...] = ()  # what could not be done as asked
 
     @property
     def ratio(self) -> float:
@@ -90,14 +96,16 @@ class CompressReport:
         fields = asdict(self)
         sizes = {"original": self.bytes_original, "compressed": self.bytes_compressed, "ratio": self.ratio}
         tensors = {k: fields[f"tensors_{k}"] for k in ("total", "compressed", "kept")}
-        rest = {k: fields[k] for k in ("methods", "bits_per_weight", "kept_reasons", "seconds", "peak_memory_bytes")}
-        return {"artifact": str(self.artifact), "bytes": sizes, "tensors": tensors, **rest}
+        rest = ("methods", "bits_per_weight", "kept_reasons", "notes", "seconds", "peak_memory_bytes")
+        return {"artifact": str(self.artifact), "bytes": sizes, "tensors": tensors, **{k: fields[k] for k in rest}}
 
 
-def compress_tensor(source: Source, name: str, steps: tuple[Step, ...]) -> Stored:
+def compress_tensor(source: Source, name: str, steps: tuple[Step, ...], calibrated: Calibrated = NOTHING) -> Stored:
     """Read, hash and encode one tensor: the first step that covers, wants and shrinks it decides."""
+    if (result := calibrated.get(name)) is not None:
+        return result.stored()
     tensor = source.read(name)
-    digest = tensor.sha256()
+    digest, rewritten = tensor.sha256(), name in source.rewritten
     reason = "no method wants it"
     for step in steps:
         method = _weight_method(step)
@@ -105,14 +113,15 @@ def compress_tensor(source: Source, name: str, steps: tuple[Step, ...]) -> Store
             continue
         encoded = method.encode(tensor)
         if encoded is not None:
-            return Stored(tensor.info, step.method, digest, encoded.parts, encoded.params)
+            return Stored(tensor.info, step.method, digest, encoded.parts, encoded.params, rewritten=rewritten)
         reason = f"{step.method} would not make it smaller"
-    return Stored(tensor.info, RAW, digest, {"": tensor.data}, reason=reason)
+    return Stored(tensor.info, RAW, digest, {"": tensor.data}, reason=reason, rewritten=rewritten)
 
 
-def plan(source: Source, recipe: Recipe, *, progress: Report = silent) -> Plan:
+def plan(source: Source, recipe: Recipe, *, calibration: Settings | None = None, progress: Report = silent) -> Plan:
     """Predict what `compress` would write, from the tensors' real bits (large ones sampled), writing nothing."""
     _check(source, recipe)
+    source, _ = _rotated(source, recipe.steps)
     infos = source.tensors()
     total, done = sum(i.nbytes for i in infos.values()), 0
     planned = []
@@ -122,7 +131,9 @@ def plan(source: Source, recipe: Recipe, *, progress: Report = silent) -> Plan:
             done += result.info.nbytes
             progress(Progress("plan", done, total, "bytes", result.info.name))
     largest = max((i.nbytes for i in infos.values()), default=0)
-    return Plan(recipe, tuple(planned), (1 << 30) + 2 * largest)
+    needs = _needs(source, recipe.steps, calibration or Settings())
+    walk = sum(needs[k] for k in ("bytes_block", "bytes_activations")) if needs else 0
+    return Plan(recipe, tuple(planned), (1 << 30) + max(2 * largest, walk), needs)
 
 
 def _plan_tensor(source: Source, info: TensorInfo, steps: tuple[Step, ...]) -> PlannedTensor:
@@ -145,6 +156,7 @@ def compress(
     force: bool = False,
     resume: bool = False,
     workers: int = 0,
+    calibration: Settings | None = None,
     progress: Report = silent,
 ) -> CompressReport:
     """Run a recipe over a model and write the artifact.
@@ -156,29 +168,68 @@ def compress(
         force: replace what stands there, if it is a model folder.
         resume: go on with the `.partial` folder of an interrupted run.
         workers: 0: threads, one a core; N > 0: N processes.
-        progress: is told after every tensor.
+        calibration: what methods that look at activations run the model on; by default the bundled text.
+        progress: is told after every tensor and, in a calibrated run, every layer.
 
     Raises:
         UsageError, OutputExists: `out` cannot be used as asked.
-        SourceError: the model is damaged, or changed while it was read.
+        SourceError: the model is damaged, or changed while it was read; it has no tokenizer to calibrate with.
         ResourceError: no space or no memory left; `resume` goes on.
     """
     _check(source, recipe)
     start = time.monotonic()
+    source, notes = _rotated(source, recipe.steps)
     writer = ArtifactWriter(source, recipe.to_json(), out, _part_names(recipe.steps), force=force, resume=resume)
     hasher = ThreadPoolExecutor(1)
     try:
         hashes = {path.name: hasher.submit(file_sha256, path) for path in source.weight_files()}
-        with closing(_results(source, recipe, writer, workers, progress)) as results:
+        calibrated = _calibrated(source, recipe.steps, writer.scratch, calibration or Settings(), resume, progress)
+        with closing(_results(source, recipe, writer, calibrated, workers, progress)) as results:
             for stored in results:
                 writer.add(stored)
         source_hashes = {name: future.result() for name, future in hashes.items()}
         source.check_unchanged()
-        artifact = writer.finish(source_hashes)
+        notes = (*notes, *calibrated.notes)
+        artifact = writer.finish(source_hashes, {**calibrated.facts, "notes": list(notes)} if calibrated.facts else {})
     finally:
         hasher.shutdown(wait=False, cancel_futures=True)
         writer.close()
-    return _report(source, recipe, writer, artifact, time.monotonic() - start, workers)
+    return _report(source, recipe, writer, artifact, time.monotonic() - start, workers, notes)
+
+
+def _calibrates(steps: tuple[Step, ...]) -> bool:
+    return any(_weight_method(step).calibrates() for step in steps)
+
+
+def _rotated(source: Source, steps: tuple[Step, ...]) -> tuple[Source, tuple[str, ...]]:
+    """The model in a rotated basis, where a method asks for that; with a note where it cannot be."""
+    if not any(_weight_method(step).rotates() for step in steps):
+        return source, ()
+    from tcw.calibration._residual import CannotRotate
+    from tcw.calibration.rotation import RotatedSource
+
+    try:
+        return RotatedSource(source), ()
+    except CannotRotate as error:
+        return source, (f"not rotated: {error.message}",)
+
+
+def _calibrated(
+    source: Source, steps: tuple[Step, ...], folder: Path, settings: Settings, resume: bool, progress: Report
+) -> Calibrated:
+    if not _calibrates(steps):
+        return NOTHING
+    from tcw.calibration import run
+
+    return run.calibrate(source, steps, folder, settings, resume=resume, progress=progress)
+
+
+def _needs(source: Source, steps: tuple[Step, ...], settings: Settings) -> dict[str, Any] | None:
+    if not _calibrates(steps):
+        return None
+    from tcw.calibration import run
+
+    return run.needs(source, steps, settings)
 
 
 def _check(source: Source, recipe: Recipe) -> None:
@@ -208,7 +259,7 @@ def _part_names(steps: tuple[Step, ...]) -> Any:
 
 
 def _results(
-    source: Source, recipe: Recipe, writer: ArtifactWriter, workers: int, progress: Report
+    source: Source, recipe: Recipe, writer: ArtifactWriter, calibrated: Calibrated, workers: int, progress: Report
 ) -> Generator[Stored, None, None]:
     """Compress what is left to do, some tensors at once, and give the results in order."""
     total = sum(i.nbytes for i in writer.order)
@@ -217,7 +268,7 @@ def _results(
     pool = _executor(workers)
 
     def submit(info: TensorInfo) -> Future[Stored]:
-        return pool.submit(compress_tensor, source, info.name, recipe.steps)
+        return pool.submit(compress_tensor, source, info.name, recipe.steps, calibrated)
 
     try:
         with closing(in_order(pool, todo, submit)) as results:
@@ -266,7 +317,13 @@ def _end_with_parent() -> None:
 
 
 def _report(
-    source: Source, recipe: Recipe, writer: ArtifactWriter, artifact: Path, seconds: float, workers: int
+    source: Source,
+    recipe: Recipe,
+    writer: ArtifactWriter,
+    artifact: Path,
+    seconds: float,
+    workers: int,
+    notes: tuple[str, ...],
 ) -> CompressReport:
     entries = writer.entries.values()
     kept = sum(e.method == RAW for e in entries)
@@ -285,4 +342,5 @@ def _report(
         kept_reasons=writer.reasons,
         seconds=seconds,
         peak_memory_bytes=peak_memory() + workers * peak_of("RUSAGE_CHILDREN"),
+        notes=notes,
     )

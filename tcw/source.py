@@ -41,9 +41,13 @@ class Source:
         config: config.json, parsed.
         quantized_by: quant_method of another tool that config.json names, else None.
         stored: every tensor as it stands in the files: name -> (file, slot), in file order.
+        rewritten: names of tensors that are not the model's own: a transform made them.
+        transforms: what was done to the model to get this one, as JSON.
     """
 
     kind: str = "folder"
+    rewritten: frozenset[str] = frozenset()
+    transforms: tuple[dict[str, Any], ...] = ()
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ the weights alone. Modules whose names begin with `_` hold what several methods 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,6 +45,7 @@ class Statistics:
         gradient: float32 [out], mean over tokens of (∂L/∂y)², where L is the summed loss on tokens drawn from the model's
             own predictions: half of Σ gradient · (error of y)² estimates the KL divergence a token, in nats.
         bits: the real bits per weight that this tensor is given, where they are allocated over the model.
+        input_max: the largest |x| that was seen, 0 if none was.
     """
 
     hessian: np.ndarray | None = None
@@ -52,6 +53,13 @@ class Statistics:
     drift: np.ndarray | None = None
     gradient: np.ndarray | None = None
     bits: float | None = None
+    input_max: float = 0.0
+
+    def scaled(self, scale: np.ndarray) -> "Statistics":
+        """The statistics of x / scale; `scale` is float32 [in]."""
+        both = np.outer(scale, scale).astype(np.float32)
+        hessian, drift = (None if m is None else m / both for m in (self.hessian, self.drift))
+        return replace(self, hessian=hessian, drift=drift, input_max=self.input_max / float(scale.min()))
 
 
 @dataclass(frozen=True)

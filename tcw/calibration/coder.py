@@ -1,0 +1,129 @@
+"""Codes one layer after another with the recipe's methods, keeps to the bits allocated, and notes fallbacks."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from tcw.calibration.store import Result
+from tcw.calibration.survey import Survey
+from tcw.errors import SourceError
+from tcw.recipe import Step
+from tcw.source import Source
+from tcw.tensor import TensorData, TensorInfo
+from tcw.weights import Statistics, WeightMethod
+
+_LEAST_TOKENS = 8  # a Hessian of fewer than in / 8 tokens says less than none
+_SHOWN = 3  # names in a note
+
+
+class Coder:
+    """The methods of a recipe, built once.
+
+    Attributes:
+        bits: what was allocated: tensor -> real bits per weight.
+        gradients: tensor -> mean squared gradient of each output, float32 [out].
+    """
+
+    def __init__(self, source: Source, steps: tuple[Step, ...]) -> None:
+        """Take the recipe's steps; those that are not for weights are no concern here."""
+        self._source = source
+        built = [(step, step.build()) for step in steps]
+        self._steps = [(step, method) for step, method in built if isinstance(method, WeightMethod)]
+        self._infos = source.tensors()
+        self.bits: dict[str, float] = {}
+        self.gradients: dict[str, np.ndarray] = {}
+        self._open = 0  # weights that still have to be coded within the allocation
+        self._owed = 0.0  # bits that tensors so far left over (or took too many of, below 0)
+        self._reasons: dict[str, list[str]] = {}
+
+    @property
+    def methods(self) -> list[WeightMethod]:
+        """The methods that calibrate."""
+        return [method for _, method in self._steps if method.calibrates()]
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be done as asked, one line a reason."""
+        lines = []
+        for reason, names in self._reasons.items():
+            shown = ", ".join(f"`{n}`" for n in names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
+            lines.append(f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} {reason}: {shown}")
+        return lines
+
+    def owner(self, name: str) -> tuple[Step, WeightMethod] | None:
+        """The step that a tensor belongs to, if its method calibrates."""
+        if name not in self._infos:
+            return None
+        for step, method in self._steps:
+            if step.covers(name) and method.wants(self._infos[name]):
+                return (step, method) if method.calibrates() else None
+        return None
+
+    def method(self, name: str) -> WeightMethod | None:
+        """The method that calibrates for a tensor."""
+        found = self.owner(name)
+        return found[1] if found else None
+
+    def allocate(self, found: Survey) -> None:
+        """Let each method that allocates divide its bits over its tensors."""
+        curves = found.curves()
+        for step, method in self._steps:
+            own = [c for c in curves if (o := self.owner(c.name)) is not None and o[0] is step]
+            if own and method.allocates():
+                self.bits |= {name: float(bits) for name, bits in method.allocate(own).items()}
+        self.gradients = {n: g.astype(np.float32) for n, g in found.gradients.items() if n in self.bits}
+        self.open_budget()
+
+    def open_budget(self) -> None:
+        """Count the weights that the allocation is for."""
+        self._open = sum(self._infos[name].numel for name in self.bits)
+
+    def skip(self, info: TensorInfo, nbytes: int) -> None:
+        """Take a tensor that an interrupted run coded into account."""
+        self._spend(info, nbytes)
+
+    def code(self, tensor: TensorData, statistics: Statistics, *, rewritten: bool = False) -> Result | None:
+        """Code one tensor; None where the method would keep it as it is."""
+        info = tensor.info
+        found = self.owner(info.name)
+        assert found is not None
+        step, method = found
+        encoded = method.encode(tensor, self._complete(info, statistics))
+        if encoded is None:
+            self.note("would not get smaller", info.name)
+            self._spend(info, info.nbytes)
+            return None
+        self._spend(info, encoded.nbytes)
+        return Result(info, step.method, tensor.sha256(), encoded=encoded, rewritten=rewritten)
+
+    def decode(self, result: Result) -> np.ndarray:
+        """What a coded tensor decodes to, float32 [out, in]."""
+        method = self.method(result.info.name)
+        assert result.encoded is not None
+        assert method is not None
+        return type(method).decode(result.info, result.encoded).floats()
+
+    def _complete(self, info: TensorInfo, statistics: Statistics) -> Statistics:
+        """Add bits and gradient; leave out a Hessian that too few tokens went into. Raises SourceError."""
+        name, extra = info.name, {}
+        if name in self.bits:
+            extra["bits"] = self.bits[name] + (self._owed / self._open if self._open > 0 else 0.0)
+        known: dict[str, Any] = {**extra, "gradient": self.gradients.get(name)}
+        if statistics.hessian is None or statistics.tokens * _LEAST_TOKENS < info.shape[-1]:
+            self.note("saw too few tokens and are coded from their weights alone", name)
+            return replace(statistics, hessian=None, drift=None, **known)
+        if not np.isfinite(statistics.hessian).all():
+            raise SourceError(
+                f"the inputs of `{name}` are not finite", "the model overflows on this text: check it, or try another"
+            )
+        return replace(statistics, **known)
+
+    def _spend(self, info: TensorInfo, nbytes: int) -> None:
+        if info.name in self.bits:
+            self._owed += self.bits[info.name] * info.numel - 8 * nbytes
+            self._open -= info.numel
+
+    def note(self, reason: str, name: str) -> None:
+        """Keep in mind that a tensor was not treated as asked; `reason` goes on from "3 tensors"."""
+        self._reasons.setdefault(reason, []).append(name)
