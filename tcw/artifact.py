@@ -23,7 +23,7 @@ from tcw.tensor import MAX_DIMS, PART_DTYPES, TensorData, TensorInfo
 from tcw.weights import Encoded, WeightMethod
 
 MANIFEST = "tcw.json"
-FORMAT = "1.0"
+FORMAT = "1.1"
 QUANT_METHOD = "tcw"
 RAW, SAME = "raw", "same"  # entries that no method made: stored as it was; stored once under another name
 _MAX_MANIFEST = 1 << 30

@@ -254,8 +254,10 @@ class ArtifactWriter:
                 files.pop(own)
             manifest = self._manifest(source_hashes, {n: self._facts(n, p) for n, p in files.items()})
             said = dict(calibration or {})
-            manifest |= {"kv_scales": said.pop("kv_scales")} if "kv_scales" in said else {}
-            manifest |= {"calibration": said} if said else {}
+            rare = {
+                "transforms": list(self._source.transforms), "kv_scales": said.pop("kv_scales", {}), "calibration": said,
+            }  # fmt: skip
+            manifest |= {key: value for key, value in rare.items() if value}
             (self._folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
             Artifact(self._folder)  # what cannot be opened again must not look finished
             self._journal.close()
@@ -291,7 +293,6 @@ class ArtifactWriter:
                 "files": {n: {"bytes": sizes[n], "sha256": source_hashes[n]} for n in sorted(sizes)},
             },
             "recipe": self._recipe,
-            "transforms": list(source.transforms),
             "tensors": {info.name: self.entries[info.name].to_json() for info in self.order},
             "policies": [],
             "files": files,

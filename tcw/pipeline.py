@@ -121,7 +121,7 @@ def compress_tensor(source: Source, name: str, steps: tuple[Step, ...], calibrat
 def plan(source: Source, recipe: Recipe, *, calibration: Settings | None = None, progress: Report = silent) -> Plan:
     """Predict what `compress` would write, from the tensors' real bits (large ones sampled), writing nothing."""
     _check(source, recipe)
-    source, _ = _rotated(source, recipe.steps)
+    source, _ = _rotated(source, recipe.steps, check=False)
     infos = source.tensors()
     total, done = sum(i.nbytes for i in infos.values()), 0
     planned = []
@@ -178,7 +178,7 @@ def compress(
     """
     _check(source, recipe)
     start = time.monotonic()
-    source, notes = _rotated(source, recipe.steps)
+    source, notes = _rotated(source, recipe.steps, check=True)
     writer = ArtifactWriter(source, recipe.to_json(), out, _part_names(recipe.steps), force=force, resume=resume)
     hasher = ThreadPoolExecutor(1)
     try:
@@ -201,15 +201,21 @@ def _calibrates(steps: tuple[Step, ...]) -> bool:
     return any(_weight_method(step).calibrates() for step in steps)
 
 
-def _rotated(source: Source, steps: tuple[Step, ...]) -> tuple[Source, tuple[str, ...]]:
-    """The model in a rotated basis, where a method asks for that; with a note where it cannot be."""
+def _rotated(source: Source, steps: tuple[Step, ...], *, check: bool) -> tuple[Source, tuple[str, ...]]:
+    """The model in a rotated basis, where a method asks for that; with a note where it cannot be.
+
+    `check`: run both on a few tokens, so that nothing is quantised that computes something else.
+    """
     if not any(_weight_method(step).rotates() for step in steps):
         return source, ()
     from tcw.calibration._residual import CannotRotate
-    from tcw.calibration.rotation import RotatedSource
+    from tcw.calibration.rotation import RotatedSource, verify_rotation
 
     try:
-        return RotatedSource(source), ()
+        rotated = RotatedSource(source)
+        if check:
+            verify_rotation(source, rotated)
+        return rotated, ()
     except CannotRotate as error:
         return source, (f"not rotated: {error.message}",)
 

@@ -1,6 +1,6 @@
 """The small texts that calibration and evaluation use by default; provenance and licence in README.md beside this file.
 
-The two texts are by different authors, so what is fitted to the one says nothing about the other.
+The two texts share no author, so what is fitted to the one says nothing about the other.
 """
 
 from functools import cache
@@ -25,7 +25,7 @@ PROMPTS: tuple[str, ...] = (
 
 @cache
 def calibration_text() -> str:
-    """English prose for methods that look at activations: a novel of 1896, 240 kB."""
+    """English prose for methods that look at activations: works of 1896 and 1914, 344 kB."""
     return (_FOLDER / "calibration.txt").read_text(encoding="utf-8")
 
 

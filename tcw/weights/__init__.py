@@ -38,12 +38,12 @@ class Statistics:
     """What calibration found out about the linear layer y = W x whose weight W [out, in] a tensor is.
 
     Attributes:
-        hessian: float32 [in, in], mean over tokens of x xᵀ, where x is the layer's input in the model as it is quantised
-            up to here; None where the layer saw too few tokens: then a method works from the weights alone.
+        hessian: float32 [in, in], mean over tokens of x xᵀ, where x is the layer's input in the model as it is
+            quantised up to here; None where the layer saw too few tokens: then a method works from the weights alone.
         tokens: how many tokens went into that mean.
-        drift: float32 [in, in], mean of (x₀ - x) xᵀ, where x₀ is the input in the original model; None if not asked for.
-        gradient: float32 [out], mean over tokens of (∂L/∂y)², where L is the summed loss on tokens drawn from the model's
-            own predictions: half of Σ gradient · (error of y)² estimates the KL divergence a token, in nats.
+        drift: float32 [in, in], mean of (x₀ - x) xᵀ, where x₀ is the input in the original model; None if not asked.
+        gradient: float32 [out], mean over tokens of (∂L/∂y)², where L is the summed loss on tokens drawn from the
+            model's own predictions: half of Σ gradient · (error of y)² estimates the KL divergence a token, in nats.
         bits: the real bits per weight that this tensor is given, where they are allocated over the model.
         input_max: the largest |x| that was seen, 0 if none was.
     """
@@ -64,7 +64,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a tensor costs at some sizes: real bits per weight -> estimated KL in nats; tensors of a group go together."""
+    """What a tensor costs at some sizes: real bits per weight -> estimated KL, nats; a group's tensors go together."""
 
     name: str
     numel: int
@@ -140,11 +140,11 @@ class WeightMethod(Method):
         return None
 
     def allocates(self) -> bool:
-        """Say whether bits are to be allocated over the model: then `probe` and `allocate` are asked before `encode`."""
+        """Say whether bits are allocated over the model: then `probe` and `allocate` are asked before `encode`."""
         return False
 
     def probe(self, tensor: TensorData, statistics: Statistics) -> dict[float, np.ndarray]:
-        """Estimate what sizes cost: real bits per weight -> squared error of each output, mean over tokens, float64 [out].
+        """Estimate what sizes cost: real bits per weight -> squared error of each output a token, float64 [out].
 
         `statistics` are those of the original model, without `gradient` and `bits`.
         """

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tcw import methods
-from tcw.errors import FormatError
+from tcw.errors import FormatError, SourceError
 from tcw.tensor import PART_DTYPES, TensorData, TensorInfo
-from tcw.weights import Encoded, WeightMethod
+from tcw.weights import Encoded, Statistics, WeightMethod
 
 NAMES = methods.names("weights")
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4}
@@ -105,3 +105,84 @@ def test_class_is_a_frozen_dataclass_with_described_options(name: str) -> None:
     assert dataclasses.is_dataclass(cls)
     assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert all(f.metadata.get("help") for f in dataclasses.fields(cls))
+
+
+LOSSY = [name for name in NAMES if not methods.get(name).lossless]
+CALIBRATED = [name for name in LOSSY if methods.get(name).needs_calibration]
+
+
+def hessian(columns: int, kind: str = "correlated") -> np.ndarray:
+    """Second moments of inputs, float32 [columns, columns], good and bad."""
+    rng = np.random.default_rng(1)
+    inputs = rng.normal(size=(4 * columns, columns)) @ rng.normal(size=(columns, columns)) ** 3
+    inputs[:, 3] *= 100
+    h = inputs.T @ inputs / len(inputs)
+    if kind == "dead inputs":
+        h[5:9] = h[:, 5:9] = 0
+    elif kind == "all dead":
+        h[:] = 0
+    elif kind == "rank one":
+        h = np.outer(inputs[0], inputs[0])
+    elif kind == "indefinite":
+        h -= 0.5 * np.diag(np.diag(h))
+    elif kind == "tiny":
+        h *= 1e-30 / np.diag(h).max()
+    elif kind == "huge":
+        h *= 1e30 / np.diag(h).max()
+    return h.astype(np.float32)
+
+
+def output_error(tensor: TensorData, encoded: Encoded, name: str, h: np.ndarray) -> float:
+    """tr(ΔW H ΔWᵀ) in float64."""
+    delta = type(build(name)).decode(tensor.info, encoded).floats().astype(np.float64) - tensor.floats()
+    return float(np.einsum("ri,ij,rj->", delta, h.astype(np.float64), delta))
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_calibration_makes_the_outputs_better(name: str) -> None:
+    method, tensor, h = build(name), gaussian("BF16", (96, 160)), hessian(160)
+    without, knowing = encode(name, tensor), method.encode(tensor, Statistics(h, tokens=640, input_max=5.0))
+    assert knowing is not None
+    assert knowing.nbytes == pytest.approx(without.nbytes, rel=0.02)
+    assert output_error(tensor, knowing, name, h) < 0.8 * output_error(tensor, without, name, h)
+    again = method.encode(tensor, Statistics(h, tokens=640, input_max=5.0))
+    assert again is not None
+    assert all(np.array_equal(part, again.parts[key]) for key, part in knowing.parts.items())
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("kind", ["dead inputs", "all dead", "rank one", "indefinite", "tiny", "huge"])
+def test_any_hessian_gives_finite_weights(name: str, kind: str) -> None:
+    tensor = gaussian("BF16", (64, 96))
+    encoded = build(name).encode(tensor, Statistics(hessian(96, kind), tokens=384))
+    assert encoded is not None
+    decoded = type(build(name)).decode(tensor.info, encoded).floats()
+    assert np.isfinite(decoded).all()
+    if kind not in ("rank one", "all dead"):
+        assert np.linalg.norm(decoded - tensor.floats()) < 1.5 * np.linalg.norm(tensor.floats())
+
+
+@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_an_error(name: str, bad: float) -> None:
+    values = gaussian("BF16", (64, 96)).floats()
+    values[7, 9] = bad
+    info = TensorInfo("model.layers.0.mlp.up_proj.weight", "BF16", (64, 96))
+    with pytest.raises(SourceError, match=r"up_proj.weight"):
+        build(name).encode(TensorData.of_floats(info, values))
+
+
+@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("shape", [(64, 96), (33, 100), (128, 32)])
+@pytest.mark.parametrize("dtype", WIDTH)
+def test_what_is_all_zeros_stays_so(name: str, shape: tuple[int, int], dtype: str) -> None:
+    tensor = gaussian(dtype, shape)
+    values = tensor.floats()
+    values[3] = 0
+    tensor = TensorData.of_floats(tensor.info, values)
+    encoded = build(name).encode(tensor)
+    if encoded is not None:
+        assert not type(build(name)).decode(tensor.info, encoded).floats()[3].any()
+    nothing = build(name).encode(TensorData.of_floats(tensor.info, np.zeros(shape, np.float32)))
+    if nothing is not None:
+        assert not type(build(name)).decode(tensor.info, nothing).floats().any()
