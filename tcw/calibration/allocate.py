@@ -27,7 +27,8 @@ def spend(curves: Sequence[Curve], bits: float, *, least: float, most: float) ->
     Args:
         curves: of the tensors; groups are of no concern here.
         bits: average per weight, met exactly where it lies in the bounds.
-        least, most: bounds of each tensor.
+        least: bound of each tensor.
+        most: the same.
 
     Returns:
         Bits per weight of each tensor, by name.

@@ -1,12 +1,15 @@
 """Codes one layer after another with the recipe's methods, keeps to the bits allocated, and notes fallbacks."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tcw.calibration.store import Result
 from tcw.calibration.survey import Survey
+from tcw.cores import cores
 from tcw.errors import SourceError
 from tcw.recipe import Step
 from tcw.source import Source
@@ -15,6 +18,15 @@ from tcw.weights import Statistics, WeightMethod
 
 _LEAST_TOKENS = 8  # a Hessian of fewer than in / 8 tokens says less than none
 _SHOWN = 3  # names in a note
+
+
+@dataclass(frozen=True)
+class Task:
+    """A tensor to be coded, read when its turn comes."""
+
+    name: str
+    read: Callable[[], TensorData]
+    statistics: Statistics
 
 
 class Coder:
@@ -83,19 +95,30 @@ class Coder:
         """Take a tensor that an interrupted run coded into account."""
         self._spend(info, nbytes)
 
-    def code(self, tensor: TensorData, statistics: Statistics, *, rewritten: bool = False) -> Result | None:
-        """Code one tensor; None where the method would keep it as it is."""
-        info = tensor.info
-        found = self.owner(info.name)
+    def code(self, tasks: list[Task]) -> list[Result | None]:
+        """Code tensors side by side; None where the method would keep one as it is.
+
+        What earlier tensors left over of the bits is shared out before, so that no result hangs on which is done first.
+        """
+        complete = [self._complete(task) for task in tasks]
+        with ThreadPoolExecutor(max(1, min(len(tasks), cores()))) as pool:
+            results = list(pool.map(self._code_one, complete))
+        for info, result in results:
+            self._spend(info, result.encoded.nbytes if result and result.encoded else info.nbytes)
+            if result is None:
+                self.note("would not get smaller", info.name)
+        return [result for _, result in results]
+
+    def _code_one(self, task: Task) -> tuple[TensorInfo, Result | None]:
+        tensor = task.read()
+        found = self.owner(tensor.info.name)
         assert found is not None
         step, method = found
-        encoded = method.encode(tensor, self._complete(info, statistics))
+        encoded = method.encode(tensor, task.statistics)
         if encoded is None:
-            self.note("would not get smaller", info.name)
-            self._spend(info, info.nbytes)
-            return None
-        self._spend(info, encoded.nbytes)
-        return Result(info, step.method, tensor.sha256(), encoded=encoded, rewritten=rewritten)
+            return tensor.info, None
+        rewritten = tensor.info.name in self._source.rewritten
+        return tensor.info, Result(tensor.info, step.method, tensor.sha256(), encoded=encoded, rewritten=rewritten)
 
     def decode(self, result: Result) -> np.ndarray:
         """What a coded tensor decodes to, float32 [out, in]."""
@@ -104,20 +127,21 @@ class Coder:
         assert method is not None
         return type(method).decode(result.info, result.encoded).floats()
 
-    def _complete(self, info: TensorInfo, statistics: Statistics) -> Statistics:
+    def _complete(self, task: Task) -> Task:
         """Add bits and gradient; leave out a Hessian that too few tokens went into. Raises SourceError."""
-        name, extra = info.name, {}
+        name, statistics, extra = task.name, task.statistics, {}
+        info = self._infos[name]
         if name in self.bits:
             extra["bits"] = self.bits[name] + (self._owed / self._open if self._open > 0 else 0.0)
         known: dict[str, Any] = {**extra, "gradient": self.gradients.get(name)}
         if statistics.hessian is None or statistics.tokens * _LEAST_TOKENS < info.shape[-1]:
             self.note("saw too few tokens and are coded from their weights alone", name)
-            return replace(statistics, hessian=None, drift=None, **known)
+            return replace(task, statistics=replace(statistics, hessian=None, drift=None, **known))
         if not np.isfinite(statistics.hessian).all():
             raise SourceError(
                 f"the inputs of `{name}` are not finite", "the model overflows on this text: check it, or try another"
             )
-        return replace(statistics, **known)
+        return replace(task, statistics=replace(statistics, **known))
 
     def _spend(self, info: TensorInfo, nbytes: int) -> None:
         if info.name in self.bits:

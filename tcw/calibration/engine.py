@@ -6,6 +6,8 @@ calibrated on inputs that the layers before it, already coded, produce: so later
 
 import contextlib
 import copy
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import nn
 
 from tcw.calibration.activations import Activations
 from tcw.calibration.blocks import BlockModel
-from tcw.calibration.coder import Coder
+from tcw.calibration.coder import Coder, Task
 from tcw.calibration.scaling import fold
 from tcw.calibration.store import Result, Store
 from tcw.calibration.survey import MOST_SEQUENCES, members, survey
@@ -29,6 +31,16 @@ _SURVEY_BYTES = 512 << 20  # of states before every block that are kept in memor
 _LARGEST = {"fp8": 448.0, "int8": 127.0}  # what a cache of this kind can hold
 
 Means = dict[Site, Statistics]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A weight to be coded: the tensor's name, where it lies in the block, and whether its columns were scaled."""
+
+    name: str
+    weight: torch.Tensor
+    statistics: Statistics
+    scaled: bool
 
 
 def batches(ids: torch.Tensor) -> torch.Tensor:
@@ -140,8 +152,19 @@ class Walk:
             if not groups:
                 continue
             means = self._statistics(k, block, stage, hidden, untouched, original)
+            jobs: list[Job] = []
             for group in groups:
-                results += self._code_group(k, block, group, means[group.sites[0]], hidden)
+                scaled, statistics = self._scaled(k, block, group, means[group.sites[0]], hidden)
+                results += scaled
+                for site in group.sites:
+                    for place in members(self.model, site):
+                        weight = place.of(parameters[site.parameter])
+                        if self.coder.owner(place.tensor) is not None:
+                            jobs.append(Job(place.tensor, weight, statistics, bool(scaled)))
+                        elif scaled:
+                            tensor = self._tensor(place.tensor, weight)
+                            results.append(Result(tensor.info, None, tensor.sha256(), values=tensor, rewritten=True))
+            results += self._put_back(jobs)
         return results
 
     def _owned(self, site: Site) -> bool:
@@ -184,38 +207,38 @@ class Walk:
         with contextlib.suppress(Enough), Watch(parameters, note):
             self.model.run(k, block, state)
 
-    def _code_group(
+    def _scaled(
         self, k: int, block: nn.Module, group: Group, statistics: Statistics, hidden: Activations
-    ) -> list[Result]:
-        """Scale the inputs of products that share them, where a method wants that, and code each weight."""
+    ) -> tuple[list[Result], Statistics]:
+        """Scale the inputs of products that share them, where a method wants that: the norm that took up the scale."""
+        names = [place.tensor for site in group.sites for place in members(self.model, site)]
+        method = next((m for name in names if (m := self.coder.method(name))), None)
+        if method is None or statistics.hessian is None or any(site.expert is not None for site in group.sites):
+            return [], statistics
         parameters = self.model.parameters_of(k)
-        places = [(site, place) for site in group.sites for place in members(self.model, site)]
-        scaled: list[Result] = []
-        method = next((m for _, place in places if (m := self.coder.method(place.tensor))), None)
-        if method is not None and statistics.hessian is not None and all(s.expert is None for s in group.sites):
-            weights = {s.parameter: parameters[s.parameter] for s in group.sites}
-            scale = method.prescale([w.cpu().numpy() for w in weights.values()], statistics)
-            if scale is not None:
-                run = lambda: self.model.run(k, block, hidden[0])  # noqa: E731 - used once, here
-                scaled = fold(self.model, k, block, list(weights), scale, run)
-                if scaled:
-                    statistics = statistics.scaled(scale)
-                else:
-                    self.coder.note("could not be scaled, nothing before them takes the scale", places[0][1].tensor)
-        results = list(scaled)
-        for site, place in places:
-            weight = place.of(parameters[site.parameter])
-            tensor = self._tensor(place.tensor, weight if scaled else None)
-            if self.coder.owner(place.tensor) is None:
-                if scaled:
-                    results.append(Result(tensor.info, None, tensor.sha256(), values=tensor, rewritten=True))
-                continue
-            result = self.coder.code(tensor, statistics, rewritten=bool(scaled))
-            self._tell(place.tensor)
+        weights = {site.parameter: parameters[site.parameter] for site in group.sites}
+        scale = method.prescale([w.cpu().numpy() for w in weights.values()], statistics)
+        if scale is None:
+            return [], statistics
+        norm = fold(self.model, k, block, list(weights), scale, lambda: self.model.run(k, block, hidden[0]))
+        if not norm:
+            self.coder.note("could not be scaled: no norm before them takes the scale", names[0])
+            return [], statistics
+        return norm, statistics.scaled(scale)
+
+    def _put_back(self, jobs: list["Job"]) -> list[Result]:
+        """Code weights that do not depend on one another, side by side, and let the block compute with the results."""
+        tasks = [
+            Task(job.name, partial(self._tensor, job.name, job.weight if job.scaled else None), job.statistics)
+            for job in jobs
+        ]
+        found = []
+        for job, result in zip(jobs, self.coder.code(tasks), strict=True):
+            self._tell(job.name)
             if result is not None:
-                weight.copy_(torch.from_numpy(self.coder.decode(result)))
-                results.append(result)
-        return results
+                job.weight.copy_(torch.from_numpy(self.coder.decode(result)))
+                found.append(replace(result, rewritten=result.rewritten or job.scaled))
+        return found
 
     def _tensor(self, name: str, weight: torch.Tensor | None) -> TensorData:
         """A tensor as the source has it, or with the values that it has by now."""
@@ -260,7 +283,8 @@ class Walk:
             for b, ids in enumerate(self._ids):
                 with contextlib.suppress(Enough), Watch({site.parameter: parameters[site.parameter]}, note):
                     tail(ids, hidden[b])
-        coded = [self.coder.code(self._tensor(p.tensor, None), covariance.statistics()) for p in places]
+        tasks = [Task(p.tensor, partial(self._tensor, p.tensor, None), covariance.statistics()) for p in places]
+        coded = self.coder.code(tasks)
         self._tell(places[0].tensor)
         self.store.save("head", [r for r in coded if r])
 

@@ -238,10 +238,10 @@ def test_the_budget_makes_up_for_what_was_over(
 ) -> None:
     """Every tensor takes a little more than 16 bits (its step); later tensors are given that much less."""
     walk(open_source(model("llama")), tmp_path / "store", allocate_bits=True)
-    bits = [s.bits for s in coarse.seen.values()]
-    assert bits[0] == 16.0
-    assert all(b is not None and b < 16.0 for b in bits[1:])
-    assert sorted(bits, reverse=True) == bits
+    bits = {name: seen.bits for name, seen in coarse.seen.items()}
+    first = [bits.pop(f"model.layers.0.self_attn.{p}_proj.weight") for p in "qkv"]
+    assert first == [16.0, 16.0, 16.0]  # coded side by side, before anything was over
+    assert all(b is not None and b < 16.0 for b in bits.values())
 
 
 def test_inputs_can_be_scaled_where_a_norm_takes_the_scale(
