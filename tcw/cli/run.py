@@ -25,6 +25,7 @@ class Residency(StrEnum):
     AUTO = "auto"
     BF16 = "bf16"
     HUFFMAN = "huffman"
+    PACKED = "packed"
 
 
 def run(
@@ -36,7 +37,11 @@ def run(
         int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Stop after this many tokens.")
     ] = 64,
     residency: Annotated[
-        Residency, typer.Option("--residency", help="bf16: decode once; huffman: stay compressed, decode as needed.")
+        Residency,
+        typer.Option(
+            "--residency",
+            help="bf16: decode once; huffman: stay compressed, decode as needed; packed: quantised layers stay so.",
+        ),
     ] = Residency.AUTO,
     device: options.Device = "auto",
     json: options.Json = False,

@@ -27,20 +27,23 @@ def load(
     dtype: torch.dtype | str | None = None,
     auto_class: Any = None,
     trust_remote_code: bool = False,
+    quantize_activations: bool = True,
 ) -> Any:
     """Load a model for inference; its tensors are read, decoded and placed one at a time.
 
     Args:
         model: whatever `tcw` takes as a MODEL, or an opened Source.
         residency: "bf16": decode once, an ordinary model; "huffman" (CPU): weights stay compressed and are decoded a
-            block at a time; "auto": "bf16" if it fits comfortably in free memory, and on every other device.
+            block at a time; "packed": quantised layers stay so and multiply with their codes; "auto": "bf16" if it fits
+            comfortably in free memory, and on every other device.
         device: "auto", "cpu", "cuda", "cuda:1", "mps"; "auto" spreads a model that one GPU cannot hold.
         dtype: cast floating tensors to it; by default the model's own.
         auto_class: an auto or model class of transformers, or its name; by default the one config.json names.
         trust_remote_code: run the Python code that comes with the model.
+        quantize_activations: in "packed", round the inputs of layers where their method (fp8) says so.
 
     Returns:
-        A transformers.PreTrainedModel in eval mode. The same bits as from the original model, in both residencies.
+        A transformers.PreTrainedModel in eval mode. In "bf16" and "huffman" its weights are the bits that were stored.
 
     Raises:
         SourceError, FormatError: the model cannot be read, or transformers has no class for it.
@@ -53,18 +56,19 @@ def load(
     wanted = _dtype(dtype)
     if residency == residencies.HUFFMAN and device == "auto":
         device = "cpu"
-    device_map = _device_map(source, device, wanted)
+    device_map = _device_map(source, device, residencies.loaded_bytes(source, wanted, residency))
     devices = ["cpu"] if device_map is None else ["cuda"] if device_map == "auto" else list(device_map.values())
     if source.quantized_by:
         residency = _only_bf16(residency, source)
-    packed = residencies.settle(residency, source, wanted, devices)
+    residency = residencies.settle(residency, source, wanted, devices)
+    kept = TcwConfig(residency=residency, quantize_activations=quantize_activations)
     loaded = cls.from_pretrained(
         None,
         config=config,
-        state_dict=lazy_state_dict(source, packed=packed),
+        state_dict=lazy_state_dict(source, residency),
         dtype=wanted or "auto",
         device_map=device_map,
-        quantization_config=TcwConfig(residency=residencies.HUFFMAN) if packed else None,
+        quantization_config=None if residency == residencies.BF16 else kept,
     )
     loaded.name_or_path = loaded.config.name_or_path = source.id
     _set_generation(loaded, source)
@@ -124,7 +128,7 @@ def _model_class(source: Source, config: Any, auto_class: Any, trust_remote_code
 
 def _only_bf16(residency: str, source: Source) -> str:
     """What another tool has quantised goes through transformers' own code for that tool."""
-    if residency == residencies.HUFFMAN:
+    if residency in (residencies.HUFFMAN, residencies.PACKED):
         raise UsageError(f"`{source.id}` is quantised by {source.quantized_by}", "load it with `residency='bf16'`")
     return residencies.BF16
 
@@ -138,12 +142,12 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _device_map(source: Source, device: str, dtype: torch.dtype | None) -> Any:
+def _device_map(source: Source, device: str, need: int) -> Any:
     """Where to put the model, as transformers wants to hear it: {"": device}, "auto", or None for the CPU."""
     picked = pick(device)
     if picked.kind == "cpu":
         return None
-    if device == "auto" and residencies.loaded_bytes(source, dtype) > 0.9 * picked.free_bytes:
+    if device == "auto" and need > 0.9 * picked.free_bytes:
         _log.info("the model does not fit on %s: accelerate spreads it", picked.name)
         return "auto"
     return {"": picked.torch_name}

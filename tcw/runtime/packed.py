@@ -101,6 +101,10 @@ class Packed(torch.Tensor):  # type: ignore[misc]
         info, size = self.store.info, self.store.encoded.nbytes
         return f"Packed({info.name!r}, {info.dtype}, {list(info.shape)}, {size} of {info.nbytes} bytes)"
 
+    def decode(self) -> torch.Tensor:
+        """The values, decoded into a fresh tensor."""
+        return self.store.decode()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Packed":
         return self  # it never changes
 
@@ -117,7 +121,7 @@ class Packed(torch.Tensor):  # type: ignore[misc]
                 )
         if func is _EMBEDDING and isinstance(args[0], cls) and not isinstance(args[1], cls):
             return _embedding(args[0].store, *args[1:])
-        args, kwargs = tree_map_only(cls, lambda packed: packed.store.decode(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda packed: packed.decode(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 

@@ -10,6 +10,7 @@ this quantizer it gets a lazy one with the original names. For all others the wr
 import dataclasses
 import functools
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from transformers.quantizers.auto import (
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tcw.artifact import MANIFEST, QUANT_METHOD, Artifact, plain_name, read_manifest
+from tcw.artifact import FORMAT, MANIFEST, QUANT_METHOD, Artifact, plain_name, read_manifest
 from tcw.errors import FormatError, SourceError, TcwError, UsageError
-from tcw.runtime import blocks, residency
+from tcw.runtime import blocks, linear, residency
 from tcw.runtime.packed import TORCH_DTYPES
 from tcw.runtime.state import lazy_state_dict, pack_tensor
+from tcw.units import show_bytes
 
+_log = logging.getLogger("tcw")
 _EXPECTED = ["model", "state_dict", "checkpoint_files", "load_config"]
 _PLAIN = "load the model with `residency='bf16'`"
 
@@ -38,10 +41,17 @@ _PLAIN = "load the model with `residency='bf16'`"
 class TcwConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of an artifact: where its weights live once they are loaded."""
 
-    def __init__(self, format_version: str = "1.0", residency: str = residency.AUTO, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        format_version: str = FORMAT,
+        residency: str = residency.AUTO,
+        quantize_activations: bool = True,
+        **kwargs: Any,
+    ) -> None:
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.residency = residency
+        self.quantize_activations = quantize_activations
         self.dtype = kwargs.get("dtype")
 
 
@@ -66,7 +76,7 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: TcwConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = False  # what transformers gets to see are the decoded tensors
-        self.packed = quantization_config.residency == residency.HUFFMAN
+        self.residency = quantization_config.residency
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a residency that does not exist. Raises UsageError."""
@@ -82,14 +92,14 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
         """The artifact's tensors; settles where they will live."""
         source = Artifact.open(_folder(files, load_config))
         device_map = load_config.device_map or {"": "cpu"}
-        self.packed = residency.settle(
+        self.residency = residency.settle(
             self.quantization_config.residency, source, load_config.dtype, list(device_map.values())
         )
-        return lazy_state_dict(source, packed=self.packed)
+        return lazy_state_dict(source, self.residency)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Say whether a parameter is to stay compressed: weights in the dtype that the model is loaded in."""
-        if not self.packed:
+        if self.residency != residency.HUFFMAN:
             return False
         parameter = model.get_parameter_or_buffer(param_name)
         is_weight = isinstance(parameter, torch.nn.Parameter) and parameter.dim() > 1
@@ -100,13 +110,17 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
         return Pack()
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
-        """Make the model ready: an ordinary one, or one that decodes itself block by block."""
-        if not self.packed:
+        """Make the model ready: an ordinary one, one of quantised layers, or one that decodes itself by blocks."""
+        if self.residency not in (residency.HUFFMAN, residency.PACKED):
             self.remove_quantization_config(model)
             return
         super().postprocess_model(model, **kwargs)
-        blocks.attach(model)
-        model._apply = functools.partial(_refuse_to_move, model)
+        if self.residency == residency.PACKED:
+            done = linear.attach(model, quantize_activations=self.quantization_config.quantize_activations)
+            facts = (done.layers, show_bytes(done.nbytes), done.coded, done.decoded)
+            _log.info("residency packed: %d layers hold %s; decoded when used: %d weights, at load: %d", *facts)
+        if blocks.attach(model):
+            model._apply = functools.partial(_refuse_to_move, model)
 
     def is_serializable(self) -> bool:
         """Raise UsageError: what stays compressed in memory cannot be saved from there."""
@@ -153,7 +167,10 @@ def _feeding(load: Any) -> Any:
         if isinstance(quantizer, TcwQuantizer):
             if state_dict is None and checkpoint_files:
                 state_dict, checkpoint_files = quantizer.state_dict(model, checkpoint_files, load_config), None
-            if not quantizer.packed:  # from here on this is the load of an ordinary model
+            if quantizer.residency in (
+                residency.AUTO,
+                residency.BF16,
+            ):  # from here on this is the load of an ordinary model
                 load_config = dataclasses.replace(load_config, hf_quantizer=None)
         return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 

@@ -11,6 +11,8 @@ import torch
 
 from tcw import methods
 from tcw.artifact import RAW, Artifact, method_class
+from tcw.runtime import residency
+from tcw.runtime.linear import Quantized
 from tcw.runtime.packed import Packed, Store, from_torch, to_torch, torch_dtype
 from tcw.source import Source
 from tcw.tensor import TensorData, TensorInfo
@@ -20,8 +22,8 @@ from tcw.weights import WeightMethod
 class LazyTensor:
     """One tensor of a source, read whenever it is indexed."""
 
-    def __init__(self, source: Source, info: TensorInfo, packed: bool) -> None:
-        self._source, self._info, self._packed = source, info, packed
+    def __init__(self, source: Source, info: TensorInfo, choice: str) -> None:
+        self._source, self._info, self._residency = source, info, choice
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,22 +52,28 @@ class LazyTensor:
         return tensor if index is Ellipsis else tensor[index]
 
     def _load(self) -> torch.Tensor:
+        name, source = self._info.name, self._source
+        if self._residency == residency.HUFFMAN:
+            if isinstance(source, Artifact) and source.entry(name).method != RAW:
+                return Packed(self._store(source))
+            return pack(source.read(name))
+        if self._residency == residency.PACKED and residency.stays_packed(source, name):
+            assert isinstance(source, Artifact)
+            return Quantized(self._store(source), methods.canonical(source.entry(name).method), self.dtype)
+        return to_torch(source.read(name))
+
+    def _store(self, source: Artifact) -> Store:
         name = self._info.name
-        if not self._packed:
-            return to_torch(self._source.read(name))
-        if isinstance(self._source, Artifact):
-            method = self._source.entry(name).method
-            if method != RAW:
-                return Packed(Store(self._info, method_class(method), self._source.encoded(name)))
-        return pack(self._source.read(name))
+        return Store(self._info, method_class(source.entry(name).method), source.encoded(name))
 
 
-def lazy_state_dict(source: Source, *, packed: bool = False) -> dict[str, Any]:
+def lazy_state_dict(source: Source, choice: str = residency.BF16) -> dict[str, Any]:
     """All tensors of `source`, by name in file order, each read when indexed.
 
-    `packed`: give compressed tensors as they are stored, and compress others that it is worth for, instead of decoding.
+    `choice`, a residency: BF16 decodes; HUFFMAN gives compressed tensors as they are stored, and compresses others that
+    it is worth for; PACKED gives quantised tensors as they are stored, and decodes the others.
     """
-    return {name: LazyTensor(source, info, packed) for name, info in source.tensors().items()}
+    return {name: LazyTensor(source, info, choice) for name, info in source.tensors().items()}
 
 
 def pack(data: TensorData) -> torch.Tensor:

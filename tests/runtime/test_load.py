@@ -215,7 +215,7 @@ def test_residencies_that_make_no_sense_are_refused(zoo: Any) -> None:
     assert "did you mean `huffman`?" in error.value.hint
     with pytest.raises(UsageError, match="runs on the CPU, not on `cuda:1`"):
         residency.settle("huffman", source, None, ["cpu", 1])
-    assert residency.settle("auto", source, None, ["cuda:0"]) is False
+    assert residency.settle("auto", source, None, ["cuda:0"]) == "bf16"
 
 
 def test_a_plain_folder_can_stay_compressed_too(zoo: Any) -> None:
