@@ -77,11 +77,11 @@ class Entry:
         rewritten = entry.get("rewritten", False)
         if not isinstance(rewritten, bool):
             raise FormatError(f"`{MANIFEST}`: `{name}` has a `rewritten` that is neither true nor false")
-        common = {"bits_per_weight": float(bits), "rewritten": rewritten}
         if method == RAW:
-            return cls(info, method, sha256, **common)
+            return cls(info, method, sha256, bits_per_weight=float(bits), rewritten=rewritten)
         if method == SAME:
-            return cls(info, method, sha256, same_as=_field(entry, "as", str, name), **common)
+            other = _field(entry, "as", str, name)
+            return cls(info, method, sha256, same_as=other, bits_per_weight=float(bits), rewritten=rewritten)
         parts = _field(entry, "parts", list, name)
         if (
             not parts
@@ -90,7 +90,7 @@ class Entry:
         ):
             raise FormatError(f"`{MANIFEST}`: `{name}` has impossible part names")
         params, crc = _field(entry, "params", dict, name), _field(entry, "crc32", int, name)
-        return cls(info, method, sha256, params, tuple(parts), crc, **common)
+        return cls(info, method, sha256, params, tuple(parts), crc, None, float(bits), rewritten)
 
 
 class Artifact(Source):

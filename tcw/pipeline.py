@@ -140,7 +140,7 @@ def _plan_tensor(source: Source, info: TensorInfo, steps: tuple[Step, ...]) -> P
     for step in steps:
         method = _weight_method(step)
         if step.covers(info.name) and method.wants(info):
-            sample = source.sample(info.name, _SAMPLE_BYTES)
+            sample = source.sample(info.name, _SAMPLE_BYTES).as_rows_of(info)
             scale = info.nbytes / max(sample.info.nbytes, 1)
             predicted = round(method.predict(sample) * scale)
             if predicted < info.nbytes:

@@ -11,7 +11,7 @@ A SPEC is `name` or `name:key=value,key=value`. A recipe is a TOML file:
     [verify]                        # `tcw verify` fails past these
     max_kl = 0.0
 
-A recipe never names a model, a path or a device.
+A recipe never names a model, a path or a device. The limits of SPEC strings are those that their methods state.
 """
 
 import fnmatch
@@ -24,7 +24,8 @@ from tcw import methods
 from tcw.errors import FormatError, UnknownName, UsageError
 from tcw.folders import folder
 
-LIMITS = ("max_kl", "min_top1", "max_ppl_rise")
+OUTPUT_LIMITS = ("max_kl", "min_top1", "max_ppl_rise", "min_greedy")  # on what a model says
+LIMITS = (*OUTPUT_LIMITS, "max_weight_error", "max_bits_per_weight")  # the others are on tensors and files
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Recipe:
     summary: str = ""
     limits: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def lossless(self) -> bool:
+        """Whether every step keeps the model bit for bit."""
+        return all(methods.get(step.method).lossless for step in self.steps)
+
     def to_json(self) -> dict[str, Any]:
         """The recipe as stored in an artifact, every default filled in."""
         steps = [
@@ -90,9 +96,28 @@ def make_step(name: str, options: dict[str, Any]) -> Step:
 
 
 def from_specs(specs: list[str]) -> Recipe:
-    """Make a recipe of SPEC strings, in order."""
+    """Make a recipe of SPEC strings, in order, with the limits that the methods state."""
     steps = tuple(parse_spec(s) for s in specs)
-    return Recipe(name="+".join(s.method for s in steps), steps=steps)
+    return Recipe(name="+".join(s.method for s in steps), steps=steps, limits=stated_limits(steps))
+
+
+def stated_limits(steps: tuple[Step, ...]) -> dict[str, float]:
+    """The limits that the methods of a recipe state together.
+
+    A method states them as `limits`, a dict or, where options count, a property. Of what the model says, the loosest
+    holds, and only where no lossy method is silent about it. Bits per weight are the first step's own.
+    """
+    built = [step.build() for step in steps]
+    lossy = [dict(getattr(method, "limits", {})) for method in built if not method.lossless]
+    merged: dict[str, float] = {}
+    for name in LIMITS:
+        values = [limits[name] for limits in lossy if name in limits]
+        if name != "max_bits_per_weight" and values and len(values) == len(lossy):
+            merged[name] = float(max(values) if name.startswith("max_") else min(values))
+    first = getattr(built[0], "limits", {}) if built else {}
+    if "max_bits_per_weight" in first:
+        merged["max_bits_per_weight"] = float(first["max_bits_per_weight"])
+    return merged
 
 
 def names() -> list[str]:

@@ -86,7 +86,7 @@ class TensorData:
         return hashlib.sha256(self.data.data).hexdigest()
 
     def floats(self) -> np.ndarray:
-        """The values as float32 [*shape], a copy; of BF16, F16, F32 and (rounded) F64. Raises FormatError for others."""
+        """The values as float32 [*shape], a copy; of BF16, F16, F32, and F64 rounded. Raises FormatError for others."""
         if self.info.dtype == "BF16":
             values = (self.words.astype(np.uint32) << 16).view(np.float32)
         elif self.info.dtype in ("F16", "F32", "F64"):
@@ -94,6 +94,15 @@ class TensorData:
         else:
             raise FormatError(f"tensor `{self.info.name}` is {self.info.dtype}, not a float that is computed with")
         return values.reshape(self.info.shape)
+
+    def as_rows_of(self, info: TensorInfo) -> "TensorData":
+        """A sample of the matrix `info` as whole rows of its width: scales and groups are counted by rows."""
+        width = info.shape[-1] if len(info.shape) == 2 else 0
+        rows = self.info.numel // width if width else 0
+        if not rows:
+            return self
+        cut = TensorInfo(info.name, info.dtype, (rows, width))
+        return TensorData(cut, self.data[: cut.nbytes])
 
     @classmethod
     def of_floats(cls, info: TensorInfo, values: np.ndarray) -> "TensorData":

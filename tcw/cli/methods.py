@@ -8,6 +8,7 @@ import typer
 from tcw import methods as registry
 from tcw.cli import options
 from tcw.cli.output import out
+from tcw.recipe import from_specs
 
 EXAMPLES = (
     ("all of them", "tcw methods"),
@@ -28,7 +29,7 @@ def methods(
     out.configure(json, quiet, verbose)
     names = [registry.canonical(name)] if name else registry.names()
     cards = [registry.card(each) for each in names]
-    data = {"methods": [dataclasses.asdict(card) for card in cards]}
+    data = {"methods": [dataclasses.asdict(card) | {"limits": from_specs([card.name]).limits} for card in cards]}
     out.result(data, lambda: _one(cards[0]) if name else _all(cards), names)
 
 
@@ -48,6 +49,7 @@ def _one(card: registry.Card) -> None:
             "does": card.summary,
             "lossless": "yes" if card.lossless else "no",
             "calibration": "needed" if card.needs_calibration else "not needed",
+            "limits": ", ".join(f"{k} {v:g}" for k, v in from_specs([card.name]).limits.items()) or None,
             "paper": card.paper or None,
         }
     )

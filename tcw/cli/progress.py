@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 LINE_EVERY = 5.0  # seconds between two plain lines of one stage
 BAR_WIDTH = 12
+_SLOW = 0.2  # units a second: below that, the time that one takes says more
+_MEMORY = 600.0  # seconds of work that a rate is taken from: a block of a large model takes minutes
 FACTS_WIDTH = 50  # the longest amount, rate and time, and the gaps between columns
 
 
@@ -24,9 +26,11 @@ def amount(done: float, total: float, unit: str) -> str:
 
 
 def rate(speed: float | None, unit: str) -> str:
-    """`31.5 MB/s` or `4.2 tensors/s`."""
+    """`31.5 MB/s`, `4.2 tensors/s` or, where one takes long, `14 s a block`."""
     if not speed:
         return ""
+    if unit != "bytes" and speed < _SLOW:
+        return f"{1 / speed:.0f} s a {unit.removesuffix('s')}"
     return f"{show_bytes(speed)}/s" if unit == "bytes" else f"{speed:,.1f} {unit}/s"
 
 
@@ -47,14 +51,15 @@ class Lines:
 
     def __init__(self, write: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
         self._write, self._now = write, now
-        self._started: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}
         self._last: dict[str, float] = {}
         self._ended: set[str] = set()
 
     def __call__(self, event: Progress) -> None:
         """Take an event; print it when it is due."""
         now = self._now()
-        started = self._started.setdefault(event.stage, now)
+        # a resumed stage does not begin at nothing
+        started, already = self._started.setdefault(event.stage, (now, event.done))
         ended = bool(event.total) and event.done >= event.total
         if ended and event.stage in self._ended:
             return
@@ -63,10 +68,10 @@ class Lines:
         self._last[event.stage] = now
         if ended:
             self._ended.add(event.stage)
-        self._write(self._line(event, now - started))
+        self._write(self._line(event, now - started, event.done - already))
 
-    def _line(self, event: Progress, elapsed: float) -> str:
-        speed = event.done / elapsed if elapsed >= 0.5 else None
+    def _line(self, event: Progress, elapsed: float, fresh: int) -> str:
+        speed = fresh / elapsed if elapsed >= 0.5 else None
         # before a twentieth is done the rate says more about start-up than about the work
         known = speed and event.total and event.total / 20 <= event.done < event.total
         left = (event.total - event.done) / speed if speed and known else 0
@@ -110,6 +115,7 @@ class Bars:
             TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(no_wrap=True)),
             console=Console(stderr=True),
             transient=True,
+            speed_estimate_period=_MEMORY,
         )
         self._tasks: dict[str, Any] = {}
 
@@ -120,7 +126,9 @@ class Bars:
         note = note if len(note) <= room else f"...{note[3 - room :]}"
         total = event.total or None
         if event.stage not in self._tasks:
-            self._tasks[event.stage] = self._live.add_task(event.stage, total=total, unit=event.unit, note=note)
+            self._tasks[event.stage] = self._live.add_task(
+                event.stage, total=total, completed=event.done, unit=event.unit, note=note
+            )
         self._live.update(self._tasks[event.stage], completed=event.done, total=total, note=note, unit=event.unit)
 
     def __enter__(self) -> "Bars":

@@ -18,9 +18,13 @@ def recipes(
     """List the ready-made recipes for `tcw compress --recipe`."""
     out.configure(json, quiet, verbose)
     found = [recipe.load(name) for name in recipe.names()]
-    rows = [(each.name, ", ".join(step.spec() for step in each.steps), each.summary) for each in found]
+    rows = [
+        row
+        for each in found
+        for row in ((each.name, each.summary), ("", f"= {', then '.join(step.spec() for step in each.steps)}"))
+    ]
     out.result(
         {"recipes": [each.to_json() for each in found]},
-        lambda: out.table(("recipe", "methods", "summary"), rows),
+        lambda: out.table(("recipe", "what you get"), rows),
         [each.name for each in found],
     )

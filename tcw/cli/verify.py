@@ -7,13 +7,14 @@ import typer
 
 from tcw.cli import options
 from tcw.cli.output import out
-from tcw.recipe import LIMITS
+from tcw.recipe import OUTPUT_LIMITS
 from tcw.units import show_seconds
 
 EXAMPLES = (
     ("every tensor against its SHA-256", "tcw verify ./smollm2.lossless"),
     ("and logits, perplexity and generated tokens", "tcw verify ./smollm2.lossless --reference demo:smollm2"),
     ("exit code 1 past a limit", "tcw verify ./smaller --reference ./model --max-kl 0.02 --max-ppl-rise 0.03"),
+    ("what quantisation did to each tensor; no model runs", "tcw verify ./smaller --reference ./model --tensors-only"),
 )
 
 SHOWN = 5  # tensors that differ, by name
@@ -39,6 +40,23 @@ MaxRise = Annotated[
     float | None,
     typer.Option("--max-ppl-rise", metavar="X", min=0, help="Most rise of perplexity allowed; 0.03 is 3 %."),
 ]
+MinGreedy = Annotated[
+    float | None,
+    typer.Option(
+        "--min-greedy", metavar="X", min=0, max=1, help="Least share of greedy tokens before the first other one."
+    ),
+]
+MaxError = Annotated[
+    float | None,
+    typer.Option("--max-weight-error", metavar="X", min=0, help="Most relative error of a tensor, ||a-b|| / ||b||."),
+]
+MaxBits = Annotated[
+    float | None,
+    typer.Option(
+        "--max-bits-per-weight", metavar="X", min=0,
+        help="Most bits a weight that the first method may have stored, counted in the files.",
+    ),
+]  # fmt: skip
 
 
 def verify(
@@ -50,6 +68,9 @@ def verify(
     max_kl: MaxKL = None,
     min_top1: MinTop1 = None,
     max_ppl_rise: MaxRise = None,
+    min_greedy: MinGreedy = None,
+    max_weight_error: MaxError = None,
+    max_bits_per_weight: MaxBits = None,
     html: options.Html = None,
     force: options.Force = False,
     device: options.Device = "auto",
@@ -60,14 +81,18 @@ def verify(
     """Prove that an artifact still is the model it was made from.
 
     The verdict is `identical` (bit for bit), `equivalent` (within the limits) or `different` (exit code 1).
-    A lossless artifact needs no reference: it carries a hash of every original tensor.
+    A lossless artifact needs no reference: it carries a hash of every original tensor. A quantised one does; its
+    recipe or its methods set limits, which the options below override.
     """
     out.configure(json, quiet, verbose)
     options.check_free(html, force)
     from tcw import verify as verification
     from tcw.source import open_source
 
-    limits = {"max_kl": max_kl, "min_top1": min_top1, "max_ppl_rise": max_ppl_rise}
+    limits = {
+        "max_kl": max_kl, "min_top1": min_top1, "max_ppl_rise": max_ppl_rise, "min_greedy": min_greedy,
+        "max_weight_error": max_weight_error, "max_bits_per_weight": max_bits_per_weight,
+    }  # fmt: skip
     with out.progress() as progress:
         verdict = verification.verify(
             open_source(artifact, progress=progress),
@@ -114,14 +139,31 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     if len(tensors["different"]) > SHOWN:
         rows.append(("", f"and {len(tensors['different']) - SHOWN} more (`--json` has them all)"))
     rows += [("file changed", name) for name in tensors.get("files_changed") or []]
-    for section, lines in (("logits", _logits), ("perplexity", _perplexity), ("generation", _generation)):
+    if (data.get("runtime") or {}).get("residency") == "packed":
+        rows.append(("runs", "with quantised inputs, as its method says"))
+    sections = (
+        ("weights", _weights), ("logits", _logits), ("perplexity", _perplexity), ("generation", _generation),
+    )  # fmt: skip
+    for section, lines in sections:
         measured = data.get(section) or {}
         if any(value is not None for value in measured.values()):
             rows += lines(measured)
     skipped = data.get("skipped") or {}
     # a limit on output that was not compared at all needs no line of its own
-    shown = [name for name in skipped if "outputs" not in skipped or name not in LIMITS]
+    shown = [name for name in skipped if "outputs" not in skipped or name not in OUTPUT_LIMITS]
     return rows + [(name, f"not compared: {skipped[name]}") for name in shown]
+
+
+def _weights(weights: dict[str, Any]) -> list[tuple[str, str]]:
+    """Nothing for what is lossless: no tensor has an error."""
+    if not weights.get("max_error"):
+        return []
+    rows = [f"largest relative error {_number(weights['max_error'])}: {weights['max_error_tensor']}"]
+    methods = weights["methods"] or {}
+    bits = [f"{name} {method['bits_per_weight']:.3f}" for name, method in methods.items()]
+    if bits:
+        rows.append(f"bits a weight: {', '.join(bits)}")
+    return [("weights" if i == 0 else "", row) for i, row in enumerate(rows)]
 
 
 def _logits(logits: dict[str, Any]) -> list[tuple[str, str]]:
@@ -139,7 +181,9 @@ def _perplexity(perplexity: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _generation(generation: dict[str, Any]) -> list[tuple[str, str]]:
-    return [("generation", f"{generation['identical_tokens']} of {generation['tokens']} tokens identical")]
+    same, tokens = generation["identical_tokens"], generation["tokens"]
+    before = "" if same == tokens else " before the first other one"
+    return [("generation", f"{same} of {tokens} tokens identical{before}")]
 
 
 def _say_why(data: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ def profile(
 
     Args:
         source: the model; it is only read.
-        specs: methods to compare, as SPEC strings; by default all weight methods that need no calibration.
+        specs: methods to compare, as SPEC strings; by default all weight methods. None is calibrated for a prediction.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         context: tokens of context to plan for; by default 4,096 or what the model was made for, if that is less.
         batch: sequences at once.
@@ -183,8 +183,7 @@ def _steps(specs: list[str] | tuple[str, ...]) -> list[Step]:
     if specs:
         steps = [parse_spec(spec) for spec in specs]
     else:
-        free = [n for n in methods.names("weights") if not methods.get(n).needs_calibration]
-        steps = [make_step(name, {}) for name in free]
+        steps = [make_step(name, {}) for name in methods.names("weights")]
     for step in steps:
         if methods.family_of(step.method) != "weights":
             raise UsageError(f"`{step.method}` is not a method for weights", "`tcw methods` lists methods by family")

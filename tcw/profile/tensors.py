@@ -126,7 +126,7 @@ def scan(source: Source, steps: Iterable[Step] = (), *, progress: Report = silen
 
 def _look(source: Source, info: TensorInfo, methods: list[tuple[Step, WeightMethod]], large: bool) -> Look:
     sampled = large and info.nbytes > SAMPLED_TENSOR_BYTES
-    data = source.sample(info.name, SAMPLED_TENSOR_BYTES) if sampled else source.read(info.name)
+    data = source.sample(info.name, SAMPLED_TENSOR_BYTES).as_rows_of(info) if sampled else source.read(info.name)
     scale = info.nbytes / max(data.info.nbytes, 1)
     stored = []
     for step, method in methods:

@@ -2,7 +2,11 @@
 
     tensors   every tensor decoded, its SHA-256 against the manifest; with a reference, byte for byte against it
     suites    with a reference: what both models put out for the same inputs (tcw/verify/suites, one suite a file)
+    weights   the largest relative error of a tensor, and the bits per weight that lie in the files
     limits    what the recipe or the caller allows; only a limit that was measured and holds can make "equivalent"
+
+Models run with decoded weights, in float32 where that fits: what is judged is the weights, not a kernel that multiplies
+with them. Only FP8 artifacts that quantise the inputs of layers as well are run in that way ("packed").
 
 "identical": every file and tensor is bit for bit what it should be, and so is all output that was compared.
 "equivalent": something differs, and every limit that was measured holds. "different": anything else.
@@ -17,11 +21,11 @@ from pathlib import Path
 from tcw.artifact import Artifact
 from tcw.errors import SourceError, UnknownName, UsageError
 from tcw.events import Report, silent
-from tcw.recipe import LIMITS
+from tcw.recipe import LIMITS, OUTPUT_LIMITS
 from tcw.source import Source
 from tcw.verify import suites as registry
 from tcw.verify.suites import Job, Measured
-from tcw.verify.tensors import check_tensors, lossy_tensors
+from tcw.verify.tensors import check_tensors, lossy_tensors, weigh
 from tcw.verify.verdict import Limit, Verdict, decide, hold
 
 __all__ = ["Limit", "Verdict", "verify"]
@@ -48,7 +52,7 @@ def verify(
         suites: names of further suites to run; `outputs` always runs when there is a reference.
         tensors_only: compare no output, run no model.
         text: a UTF-8 file to measure perplexity on instead of the bundled text.
-        limits: values that override the recipe's (`max_kl`, `min_top1`, `max_ppl_rise`); None leaves the recipe's.
+        limits: values that override the recipe's, by the names in tcw.recipe.LIMITS; None leaves the recipe's.
         progress: is told after every tensor, file and prompt.
         device: where models run: "auto", "cpu", "cuda", "cuda:1", "mps".
 
@@ -61,13 +65,18 @@ def verify(
     asked = _check_limits(limits or {})
     names = list(dict.fromkeys(suites))
     runs = [registry.get(name) for name in names]
-    _check_question(artifact, reference, bool(names) and tensors_only, bool(asked) and tensors_only, bool(asked))
+    _check_run(tensors_only, bool(names), any(name in OUTPUT_LIMITS for name in asked))
+    _check_reference(artifact, reference, [name for name in asked if name != "max_bits_per_weight"])
     if reference is not None and not tensors_only and "outputs" not in names:
         runs.insert(0, registry.get("outputs"))
     job = Job(artifact, reference, _read_text(text), device, progress)
     tensors = check_tensors(artifact, reference, progress)
     measured = _run(runs, job, "only tensors were asked for" if tensors_only else "", tensors.damaged)
     recipe = artifact.limits() if isinstance(artifact, Artifact) else {}
+    measured.sections["weights"] = weigh(artifact, tensors, reference is not None)
+    if tensors.unexplained:
+        count = f"{len(tensors.unexplained)} of {tensors.checked} tensors were"
+        measured.skipped["weight error"] = f"{count} rewritten in a way that cannot be repeated here"
     held = hold(recipe, asked, measured.sections, measured.skipped)
     verdict = Verdict(
         verdict=decide(tensors, measured.identical, held),
@@ -114,20 +123,22 @@ def _check_limits(limits: dict[str, float | None]) -> dict[str, float]:
     return asked
 
 
-def _check_question(
-    artifact: Source, reference: Source | None, suite_but_no_run: bool, limit_but_no_run: bool, limit: bool
-) -> None:
-    """Refuse what could only be answered by guessing."""
-    if suite_but_no_run or limit_but_no_run:
-        what = "a suite" if suite_but_no_run else "a limit on output"
+def _check_run(tensors_only: bool, suite: bool, limit: bool) -> None:
+    """Refuse what needs a model to run where none may."""
+    if tensors_only and (suite or limit):
+        what = "a suite" if suite else "a limit on output"
         raise UsageError(f"{what} needs the model to run, `--tensors-only` forbids it", "leave out `--tensors-only`")
+
+
+def _check_reference(artifact: Source, reference: Source | None, limits: list[str]) -> None:
+    """Refuse what could only be answered by guessing."""
     if reference is not None:
         return
     hint = "give the model it should equal: `--reference MODEL`"
     if not isinstance(artifact, Artifact):
         raise UsageError(f"`{artifact.id}` is not an artifact and has no manifest to be checked against", hint)
-    if limit:
-        raise UsageError("a limit on output needs a reference to compare with", hint)
+    if limits:
+        raise UsageError(f"the limit `{limits[0]}` needs a reference to compare with", hint)
     if lossy := lossy_tensors(artifact):
         raise UsageError(f"`{lossy[0]}` of `{artifact.id}` is stored lossy, the manifest alone cannot judge it", hint)
 

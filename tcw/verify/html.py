@@ -15,6 +15,7 @@ _MEANING = {
     "different": "not what it should be",
 }
 _SHOWN = 200  # tensors that differ, in the page
+_PLAIN = ("max_kl", "max_weight_error", "max_bits_per_weight")  # limits that are no percentages
 
 
 def render(verdict: Verdict) -> str:
@@ -55,14 +56,28 @@ def _checks(verdict: Verdict) -> list[tuple[str, str, str, str, bool]]:
         ]  # fmt: skip
     if found := sections.get("generation"):
         rows.append(
-            ("greedy tokens before the first that differs", f"{found['tokens']}", f"{found['identical_tokens']}", "",
-             found["tokens"] == found["identical_tokens"])
+            ("greedy tokens before the first that differs", f"{found['tokens']}", f"{found['identical_tokens']}",
+             *_limit(limits, "min_greedy", found["tokens"] == found["identical_tokens"]))
         )  # fmt: skip
     if found := sections.get("perplexity"):
         shown = f"{_number(found['artifact'])} ({_percent(found['rise'], signed=True)})"
         rows.append(
             ("perplexity", _number(found["reference"]), shown, *_limit(limits, "max_ppl_rise", found["rise"] == 0))
         )
+    return rows + _weight_rows(sections.get("weights", {}), limits)
+
+
+def _weight_rows(found: dict[str, Any], limits: dict[str, Limit]) -> list[tuple[str, str, str, str, bool]]:
+    """The largest error of a tensor, and real bits per weight where a limit is set on them."""
+    rows = []
+    if found.get("max_error") is not None:
+        error = found["max_error"]
+        rows.append(
+            ("largest relative error of a tensor", "", _number(error), *_limit(limits, "max_weight_error", error == 0))
+        )
+    if "max_bits_per_weight" in limits:
+        bits = _number(found.get("bits_per_weight"))
+        rows.append(("bits per weight, in the files", "", bits, *_limit(limits, "max_bits_per_weight", True)))
     return rows
 
 
@@ -71,7 +86,7 @@ def _limit(limits: dict[str, Limit], name: str, exact: bool) -> tuple[str, bool]
     if limit is None:
         return "", exact
     side = "at most" if name.startswith("max_") else "at least"
-    shown = _number(limit.limit) if name == "max_kl" else _percent(limit.limit)
+    shown = _number(limit.limit) if name in _PLAIN else _percent(limit.limit)
     return f"{side} {shown}", limit.ok
 
 

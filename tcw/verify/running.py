@@ -7,10 +7,20 @@ from typing import Any
 
 import torch
 
+from tcw.artifact import Artifact
 from tcw.device import pick
 from tcw.errors import SourceError
 from tcw.source import Source
 from tcw.verify.inputs import Feed
+
+
+def residency_of(source: Source) -> str:
+    """How to load a model for comparison: "packed" where its layers are to quantise their inputs as well, else "auto".
+
+    What FP8 does to inputs is part of what an artifact says; everything else is judged by its decoded weights.
+    """
+    entries = source.entries.values() if isinstance(source, Artifact) else ()
+    return "packed" if any(e.params.get("activation") in ("dynamic", "static") for e in entries) else "auto"
 
 
 @contextmanager
@@ -25,7 +35,7 @@ def loaded(source: Source, device: str) -> Iterator[Any]:
     place = pick(device)
     single = sum(4 * info.numel for info in source.tensors().values())
     dtype = torch.float32 if place.kind == "cpu" and single < place.free_bytes // 2 else None
-    model = load(source, device=device, dtype=dtype)
+    model = load(source, residency=residency_of(source), device=device, dtype=dtype)
     model.eval()
     try:
         yield model

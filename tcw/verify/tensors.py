@@ -1,6 +1,8 @@
 """Tensors against the manifest, by SHA-256, and against the reference, byte by byte.
 
 Reading a tensor of an artifact compares its SHA-256 with the manifest; here that becomes a finding, not an error.
+An artifact that was rotated before it was quantised says so under `transforms`; the reference is then rotated in the
+same way, one tensor at a time, so that a relative error is that of the quantisation alone.
 """
 
 import math
@@ -8,16 +10,17 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from tcw.artifact import Artifact
+from tcw.artifact import MANIFEST, RAW, SAME, Artifact
 from tcw.cores import cores
 from tcw.errors import FormatError
 from tcw.events import Progress, Report
 from tcw.source import Source
 from tcw.tensor import TensorData, TensorInfo
-from tcw.verify.verdict import TensorReport
+from tcw.verify.verdict import SECTIONS, TensorReport
 from tcw.window import in_order
 
 _BLOCK = 1 << 20  # elements at a time, where floats are compared
@@ -31,16 +34,37 @@ class _Outcome:
     reason: str = ""
     damaged: bool = False
     error: float | None = None
+    unexplained: bool = False
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What tensors should be: `original` as the user gave it, `expected` after the artifact's transforms.
+
+    `rewritten` are the tensors that the manifest marks as not the source's own.
+    """
+
+    original: Source
+    expected: Source
+    rewritten: frozenset[str] = frozenset()
+    kinds: tuple[str, ...] = ()
+
+    def moved(self, tensor: TensorData) -> bool:
+        """Say whether the transforms made this expected tensor, or left it as it was."""
+        if self.expected is self.original:
+            return False
+        info = self.original.tensors().get(tensor.info.name)
+        return info != tensor.info or not np.array_equal(self.original.read(tensor.info.name).data, tensor.data)
 
 
 def check_tensors(artifact: Source, reference: Source | None, progress: Report) -> TensorReport:
     """Decode every tensor and compare it with the manifest and the reference, whichever there are."""
     files = _changed_files(artifact, progress) if isinstance(artifact, Artifact) else []
     here = artifact.tensors()
-    there = reference.tensors() if reference else {}
-    outcomes = list(_outcomes(artifact, reference, here, there, progress))
-    if reference:
-        outcomes += [_Outcome(n, f"missing from `{artifact.id}`") for n in there if n not in here]
+    against = _against(artifact, reference) if reference else None
+    there = against.expected.tensors() if against else {}
+    outcomes = list(_outcomes(artifact, against, here, there, progress))
+    outcomes += [_Outcome(n, f"missing from `{artifact.id}`") for n in there if n not in here]
     wrong = [o for o in outcomes if o.reason]
     return TensorReport(
         checked=len(outcomes),
@@ -49,12 +73,68 @@ def check_tensors(artifact: Source, reference: Source | None, progress: Report) 
         relative_error={o.name: o.error for o in wrong if o.error is not None},
         files=files,
         damaged=bool(files) or any(o.damaged for o in wrong),
+        unexplained=[o.name for o in wrong if o.unexplained],
     )
 
 
 def lossy_tensors(artifact: Artifact) -> list[str]:
     """Names of the tensors that do not decode to the bytes they had."""
-    return [name for name in artifact.entries if not artifact.is_lossless(name)]
+    rewritten = _rewritten(artifact)
+    return [name for name in artifact.entries if name in rewritten or not artifact.is_lossless(name)]
+
+
+def weigh(artifact: Source, tensors: TensorReport, compared: bool) -> dict[str, Any]:
+    """The section `weights`: the largest relative error, and the bits per weight as they lie in the files.
+
+    Bits are those of the tensors that the recipe's first method stored, which does the main work; every part counts:
+    codes, scales, zeros, tables, indices. `methods` has the same for each method.
+    """
+    known = {n: e for n, e in tensors.relative_error.items() if n not in tensors.unexplained}
+    broken = [n for n, e in known.items() if math.isnan(e)]
+    worst = broken[0] if broken else max(known, key=lambda n: known[n], default=None)
+    section: dict[str, Any] = dict.fromkeys(SECTIONS["weights"])
+    if compared:
+        section |= {"max_error": known[worst] if worst else 0.0, "max_error_tensor": worst}
+    if isinstance(artifact, Artifact):
+        found = _stored_by_method(artifact)
+        first = next(iter(artifact.methods()), "")
+        section |= {"methods": found, "bits_per_weight": found.get(first, {}).get("bits_per_weight")}
+    return section
+
+
+def _stored_by_method(artifact: Artifact) -> dict[str, dict[str, Any]]:
+    """Tensors, weights and bits per weight of each method; a tensor stored under two names counts once."""
+    sums: dict[str, list[int]] = {}
+    for name, entry in artifact.entries.items():
+        if entry.method not in (RAW, SAME) and entry.info.numel:
+            row = sums.setdefault(entry.method, [0, 0, 0])
+            for i, more in enumerate((1, entry.info.numel, artifact.tensor_bytes(name))):
+                row[i] += more
+    return {
+        method: {"tensors": count, "weights": weights, "bits_per_weight": 8 * size / weights}
+        for method, (count, weights, size) in sums.items()
+    }
+
+
+def _rewritten(artifact: Artifact) -> frozenset[str]:
+    """Names of the tensors that the manifest marks as rewritten before they were stored."""
+    return frozenset(name for name, entry in artifact.entries.items() if entry.rewritten)
+
+
+def _against(artifact: Source, reference: Source) -> _Reference:
+    """The reference, transformed as the artifact was. Raises FormatError for a transform that cannot be repeated."""
+    if not isinstance(artifact, Artifact):
+        return _Reference(reference, reference)
+    transforms = artifact.manifest.get("transforms", [])
+    if not isinstance(transforms, list) or not all(isinstance(t, dict) for t in transforms):
+        raise FormatError(f"`{MANIFEST}` of `{artifact.id}` has impossible `transforms`")
+    expected = reference
+    for transform in transforms:
+        from tcw.calibration.rotation import RotatedSource
+
+        expected = RotatedSource.from_description(expected, transform)
+    kinds = tuple(str(transform.get("kind")) for transform in transforms)
+    return _Reference(reference, expected, _rewritten(artifact), kinds)
 
 
 def relative_error(reference: TensorData, artifact: TensorData) -> float | None:
@@ -86,7 +166,7 @@ def _changed_files(artifact: Artifact, progress: Report) -> list[str]:
 
 def _outcomes(
     artifact: Source,
-    reference: Source | None,
+    against: _Reference | None,
     here: dict[str, TensorInfo],
     there: dict[str, TensorInfo],
     progress: Report,
@@ -96,7 +176,7 @@ def _outcomes(
     pool = ThreadPoolExecutor(cores(), thread_name_prefix="tcw-verify")
 
     def submit(info: TensorInfo) -> Future[_Outcome]:
-        return pool.submit(_check_one, artifact, reference, info, there.get(info.name))
+        return pool.submit(_check_one, artifact, against, info, there.get(info.name))
 
     with closing(in_order(pool, here.values(), submit)) as outcomes:
         for info, outcome in outcomes:
@@ -105,25 +185,35 @@ def _outcomes(
             progress(Progress("tensors", done, total, "bytes", info.name))
 
 
-def _check_one(artifact: Source, reference: Source | None, info: TensorInfo, other: TensorInfo | None) -> _Outcome:
+def _check_one(artifact: Source, against: _Reference | None, info: TensorInfo, other: TensorInfo | None) -> _Outcome:
     name = info.name
     try:
         tensor = artifact.read(name)
     except FormatError as error:
         return _Outcome(name, error.message.removeprefix(f"`{name}` "), damaged=True)
-    if reference is None:
+    if against is None:
         return _Outcome(name)
     if other is None:
-        return _Outcome(name, f"not in `{reference.id}`")
-    expected = reference.read(name)
+        return _Outcome(name, f"not in `{against.original.id}`")
+    return _compare(tensor, against.expected.read(name), against)
+
+
+def _compare(tensor: TensorData, expected: TensorData, against: _Reference) -> _Outcome:
+    info, other = tensor.info, expected.info
+    name, moved = info.name, against.moved(expected)
+    if name in against.rewritten and not moved:
+        return _Outcome(name, "rewritten by its method, which the manifest has no way to repeat", unexplained=True)
     if (info.dtype, info.shape) != (other.dtype, other.shape):
         reason = f"is {info.dtype} {list(info.shape)}, the reference {other.dtype} {list(other.shape)}"
         return _Outcome(name, reason, error=relative_error(expected, tensor))
-    if np.array_equal(tensor.data, expected.data):
-        return _Outcome(name)
-    count = int(np.count_nonzero(tensor.words != expected.words))
-    reason = f"{count} of {info.numel} elements differ from the reference"
-    return _Outcome(name, reason, error=relative_error(expected, tensor))
+    if not np.array_equal(tensor.data, expected.data):
+        count = int(np.count_nonzero(tensor.words != expected.words))
+        what = f"the reference after {', '.join(against.kinds)}" if moved else "the reference"
+        reason = f"{count} of {info.numel} elements differ from {what}"
+        return _Outcome(name, reason, error=relative_error(expected, tensor))
+    if moved:
+        return _Outcome(name, f"is what {', '.join(against.kinds)} makes of the reference", error=0.0)
+    return _Outcome(name)
 
 
 def _readable(info: TensorInfo) -> bool:

@@ -4,18 +4,25 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from tcw.recipe import OUTPUT_LIMITS
+
 # a limit -> the section and key of the measurement it holds; `max_` and `min_` say which side is good
 MEASURES: dict[str, tuple[str, str]] = {
     "max_kl": ("logits", "mean_kl"),
     "min_top1": ("logits", "top1_agreement"),
     "max_ppl_rise": ("perplexity", "rise"),
+    "min_greedy": ("generation", "agreement"),
+    "max_weight_error": ("weights", "max_error"),
+    "max_bits_per_weight": ("weights", "bits_per_weight"),
 }
 
 # what a verdict always shows; null is "not measured"
 SECTIONS: dict[str, tuple[str, ...]] = {
     "logits": ("bit_identical", "max_abs_diff", "mean_kl", "top1_agreement"),
     "perplexity": ("reference", "artifact", "rise"),
-    "generation": ("tokens", "identical_tokens"),
+    "generation": ("tokens", "identical_tokens", "agreement"),
+    "runtime": ("residency",),
+    "weights": ("max_error", "max_error_tensor", "bits_per_weight", "methods"),
 }
 
 
@@ -26,7 +33,9 @@ class TensorReport:
     Attributes:
         checked: tensors looked at, those that only one side has included.
         different: names of those that are not identical, in order; `reasons` says why, for each.
-        relative_error: ||artifact - reference|| / ||reference||, for those that differ and have the same shape.
+        relative_error: ||artifact - reference|| / ||reference||, for those that differ and have the same shape; in a
+            rotated artifact against the reference, rotated in the same way.
+        unexplained: those that the artifact rewrote in a way that nothing says how to repeat: they have no error.
         files: artifact files whose SHA-256 is not the manifest's.
         damaged: something disagrees with the manifest, so no limit can make up for it.
     """
@@ -37,6 +46,7 @@ class TensorReport:
     relative_error: dict[str, float] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     damaged: bool = False
+    unexplained: list[str] = field(default_factory=list)
 
     @property
     def identical(self) -> int:
@@ -128,7 +138,7 @@ def hold(
         limit = asked.get(name, recipe.get(name, 0.0))
         value = sections.get(section, {}).get(key)
         if value is None and name not in asked:
-            if "outputs" not in skipped:  # that says it already
+            if name not in OUTPUT_LIMITS or "outputs" not in skipped:  # that says it already
                 skipped[name] = f"{section}.{key} was not measured"
             continue
         # a value that is no number fails: every comparison with it is false
@@ -138,12 +148,12 @@ def hold(
 
 
 def decide(tensors: TensorReport, same_output: bool, limits: list[Limit]) -> str:
-    """The verdict. Without a limit that was measured and holds, what differs is "different"."""
+    """The verdict. Without a limit that was measured and holds, what differs is "different"; size is no likeness."""
     if tensors.damaged or not all(l.ok for l in limits):
         return "different"
     if not tensors.different and same_output:
         return "identical"
-    return "equivalent" if limits else "different"
+    return "equivalent" if any(l.name != "max_bits_per_weight" for l in limits) else "different"
 
 
 def _finite(value: Any) -> Any:

@@ -43,3 +43,11 @@ def test_recipes(tcw: Run) -> None:
     assert [r["name"] for r in json.loads(as_json.out)["recipes"]] == recipe.names()
     assert max(map(len, human.out.splitlines())) <= 80
     assert "lossless" in human.out
+    assert "= fp8, then dfloat11" in human.out
+
+
+def test_a_method_says_what_verify_holds_it_to(tcw: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods.get("int8"), "limits", {"max_kl": 0.01, "min_top1": 0.97}, raising=False)
+    assert "limits       max_kl 0.01, min_top1 0.97\n" in tcw("methods", "int8").out
+    assert json.loads(tcw("methods", "int8", "--json").out)["methods"][0]["limits"]["max_kl"] == 0.01
+    assert "limits" not in tcw("methods", "dfloat11").out

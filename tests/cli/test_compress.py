@@ -1,6 +1,8 @@
 """`tcw compress` on a real small model, in every mode."""
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 
 from tcw import pipeline
+from tcw.calibration import Settings
 from tcw.cli.compress import model_name
 
 Run = Callable[..., Any]
@@ -71,9 +74,70 @@ def test_fit(tcw: Run, tiny_llama: Path, tmp_path: Path) -> None:
     assert json.loads(found.out)["methods"] == ["dfloat11"]
     refused = tcw("compress", tiny_llama, "--fit", "1kB", "-o", tmp_path / "never")
     assert refused.code == 2
-    assert "no recipe makes `tiny-llama` fit into 1.0 kB" in refused.err
-    assert "hint: the smallest is `--recipe lossless` with about" in refused.err
+    assert "nothing makes `tiny-llama` fit into 1.0 kB" in refused.err
+    assert "hint: the smallest is `ecq:bits=1.5` with about" in refused.err
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("spec", [None, "mixed"])
+def test_fit_below_eight_bits_sets_a_dial(spec: str | None, tcw: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    line = ("compress", tiny_llama, "--fit", "70kB", "-o", tmp_path / "out", "--dry-run", "--json")
+    data = json.loads(tcw(*line, *(("--method", spec) if spec else ())).out)
+    assert data["bytes"]["compressed"] <= 70_000
+    name, _, options = data["methods"][0].partition(":")
+    assert name == (spec or "ecq")
+    assert re.search(r"bits=[2-7]", options)
+    assert data["calibration"]["tokens"] == 32 * 512
+
+
+def test_fit_with_what_it_cannot_turn(tcw: Run, tiny_llama: Path) -> None:
+    several = tcw("compress", tiny_llama, "--fit", "1MB", "-m", "ecq", "-m", "dfloat11")
+    assert (several.code, several.err.splitlines()[0]) == (2, "error: `--fit` sets the bits of one method")
+    fixed = tcw("compress", tiny_llama, "--fit", "1MB", "-m", "dfloat11")
+    assert (fixed.code, fixed.err.splitlines()[0]) == (2, "error: `dfloat11` has no `bits` to set by size")
+    both = tcw("compress", tiny_llama, "--fit", "1MB", "-m", "ecq", "-r", "lossless")
+    assert (both.code, both.err.splitlines()[0]) == (2, "error: more than one thing says what to do")
+
+
+def test_calibration_reaches_the_work(
+    tcw: Run, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Settings] = []
+    needs = {"bytes_block": 28_300_000, "bytes_activations": 4_700_000, "where": "disk", "tokens": 256}
+
+    def plan(source: Any, chosen: Any, *, calibration: Settings, progress: Any) -> pipeline.Plan:
+        given.append(calibration)
+        return pipeline.Plan(chosen, (), 1, needs)
+
+    monkeypatch.setattr(pipeline, "plan", plan)
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "some words"}')
+    line = ("compress", tiny_llama, "-m", "dfloat11", "-o", tmp_path / "out", "--dry-run", "--calibration", text)
+    human = tcw(*line, "--samples", 4, "--length", 64, "--device", "cpu")
+    assert given == [Settings(text, 4, 64, "cpu")]
+    said = " ".join(human.out.split())
+    assert "would calibrate on 256 tokens: 28.3 MB for a block at a time, 4.7 MB of activations on the disk" in said
+    assert json.loads(tcw(*line, "--json").out)["calibration"] == needs
+    tcw("compress", tiny_llama, "-m", "dfloat11", "-o", tmp_path / "out", "--dry-run")
+    assert given[-1] == Settings(None, 32, 512, "auto")
+
+
+def test_what_could_not_be_done_is_said(
+    tcw: Run, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = pipeline.compress
+
+    def compress(*arguments: Any, **options: Any) -> pipeline.CompressReport:
+        return dataclasses.replace(run(*arguments, **options), notes=("`w` saw too few tokens",))
+
+    monkeypatch.setattr(pipeline, "compress", compress)
+    monkeypatch.setattr("tcw.recipe.Recipe.lossless", False)
+    ran = tcw("compress", tiny_llama, "-m", "dfloat11", "-o", tmp_path / "out")
+    assert ran.code == 0
+    assert "`w` saw too few tokens" in ran.err
+    assert f"`tcw verify {tmp_path / 'out'} --reference {tiny_llama}` measures what was lost" in ran.err
+    data = json.loads(tcw("compress", tiny_llama, "-m", "dfloat11", "-o", tmp_path / "json", "--json").out)
+    assert data["notes"] == ["`w` saw too few tokens"]
 
 
 def test_an_interrupted_run_says_how_to_go_on(

@@ -36,7 +36,15 @@ def test_a_line_every_five_seconds_with_time_left() -> None:
 
 def test_the_first_steps_promise_nothing() -> None:
     events = [(0.0, Progress("convert", 0, 272, "tensors")), (14.0, Progress("convert", 1, 272, "tensors"))]
-    assert feed(*events) == ["  convert     1/272 tensors  0.1 tensors/s"]
+    assert feed(*events) == ["  convert     1/272 tensors  14 s a tensor"]
+
+
+def test_a_resumed_stage_is_as_fast_as_what_is_new() -> None:
+    events = [(40.0 * i, Progress("calibrate", 12 + i, 16, "blocks", f"block {12 + i}")) for i in range(3)]
+    assert feed(*events) == [
+        "  calibrate   13/16 blocks  40 s a block  2:00 left  block 13",
+        "  calibrate   14/16 blocks  40 s a block  1:20 left  block 14",
+    ]
 
 
 def test_an_end_is_said_once_and_an_unknown_total_is_fine() -> None:
@@ -49,6 +57,7 @@ def test_an_end_is_said_once_and_an_unknown_total_is_fine() -> None:
 def test_words() -> None:
     assert amount(12, 272, "tensors") == "12/272 tensors"
     assert rate(None, "bytes") == ""
+    assert (rate(0.05, "layers"), rate(0.5, "layers"), rate(0.05, "bytes")) == ("20 s a layer", "0.5 layers/s", "0 B/s")
     assert (clock(65), clock(7207)) == ("1:05", "2:00:07")
 
 

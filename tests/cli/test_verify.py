@@ -15,7 +15,10 @@ LOSSY: dict[str, Any] = {
                 "reasons": {"layer.0": "other bytes than the reference"}, "files_changed": []},
     "logits": {"bit_identical": False, "max_abs_diff": 0.125, "mean_kl": 0.0121, "top1_agreement": 0.985},
     "perplexity": {"reference": 16.42, "artifact": 16.79, "rise": 0.02253},
-    "generation": {"tokens": 64, "identical_tokens": 37},
+    "generation": {"tokens": 64, "identical_tokens": 37, "agreement": 37 / 64},
+    "weights": {"max_error": 0.0921, "max_error_tensor": "layer.3", "bits_per_weight": 4.281,
+                "methods": {"int4": {"tensors": 7, "weights": 1000, "bits_per_weight": 4.281},
+                            "dfloat11": {"tensors": 1, "weights": 10, "bits_per_weight": 10.9}}},
     "limits": [{"name": "max_kl", "value": 0.0121, "limit": 0.02, "ok": True},
                {"name": "max_ppl_rise", "value": 0.02253, "limit": 0.03, "ok": True}],
     "skipped": {}, "seconds": 38.04,
@@ -76,10 +79,12 @@ def test_lossy_within_limits(tcw: Run, judged: Any) -> None:
         "  different  layer.3: other bytes",
         "  different  layer.4: other bytes",
         "             and 3 more (`--json` has them all)",
+        "weights      largest relative error 0.0921: layer.3",
+        "             bits a weight: int4 4.281, dfloat11 10.900",
         "logits       largest difference 0.125",
         "             mean KL 0.0121, top-1 agreement 98.50 %",
         "perplexity   16.79, the reference has 16.42: rise 2.25 %",
-        "generation   37 of 64 tokens identical",
+        "generation   37 of 64 tokens identical before the first other one",
         "",
         "limit           found  allowed",
         "max_kl         0.0121     0.02  pass",
@@ -105,13 +110,15 @@ def test_options_reach_the_work(tcw: Run, judged: Any, tmp_path: Path) -> None:
     calls = judged(LOSSY)
     text = tmp_path / "text.txt"
     tcw("verify", "a", "--reference", "b", "--suite", "outputs", "--text", text, "--max-kl", 0.5, "--min-top1", 0.9,
-        "--max-ppl-rise", 0.1, "--device", "cpu")  # fmt: skip
+        "--max-ppl-rise", 0.1, "--min-greedy", 0.25, "--max-weight-error", 0.3, "--max-bits-per-weight", 4.5,
+        "--device", "cpu")  # fmt: skip
     artifact, reference, options = calls[0]
     assert (artifact, reference) == ("opened a", "opened b")
     del options["progress"]
     assert options == {
         "suites": ("outputs",), "tensors_only": False, "text": text, "device": "cpu",
-        "limits": {"max_kl": 0.5, "min_top1": 0.9, "max_ppl_rise": 0.1},
+        "limits": {"max_kl": 0.5, "min_top1": 0.9, "max_ppl_rise": 0.1, "min_greedy": 0.25, "max_weight_error": 0.3,
+                   "max_bits_per_weight": 4.5},
     }  # fmt: skip
     tcw("verify", "a", "--tensors-only")
     assert calls[1][1] is None

@@ -50,10 +50,11 @@ def test_json_has_the_keys_of_the_contract(tiny: Profile) -> None:
         _check(row, ROW)
 
 
-def test_every_weight_method_without_calibration_has_a_row(tiny: Profile) -> None:
-    names = [n for n in methods.names("weights") if not methods.get(n).needs_calibration]
+def test_every_weight_method_has_a_row(tiny: Profile) -> None:
+    """Those that calibrate as well: a prediction needs no data."""
+    names = methods.names("weights")
     assert [row["name"] for row in tiny.to_json()["methods"]] == names
-    assert "dfloat11" in names
+    assert {"dfloat11", "fp8", "int4", "ecq"} <= set(names)
 
 
 def test_weights_are_counted_by_dtype_and_by_part(tiny: Profile) -> None:
@@ -146,12 +147,15 @@ def test_a_tensor_saved_twice_is_stored_once(tiny_llama: Path, tmp_path: Path) -
 
 def test_large_tensors_of_large_models_are_sampled(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, step = open_source(tiny_llama), parse_spec("dfloat11")
-    whole = scan(source, [step])
+    by_rows = [parse_spec(spec) for spec in ("int4:group_size=32", "fp8", "ecq")]
+    whole = scan(source, [step, *by_rows])
     monkeypatch.setattr(tensors, "SAMPLED_MODEL_BYTES", 1000)
     monkeypatch.setattr(tensors, "SAMPLED_TENSOR_BYTES", 8192)
-    sampled = scan(source, [step])
+    sampled = scan(source, [step, *by_rows])
     assert sum(look.sampled for look in sampled.looks) == sum(i.nbytes > 8192 for i in source.tensors().values()) > 0
     assert sampled.stored_bytes(0) == pytest.approx(whole.stored_bytes(0), rel=0.02)
+    for i in range(1, 4):  # what counts scales by rows and groups sees whole rows
+        assert sampled.stored_bytes(i) == pytest.approx(whole.stored_bytes(i), rel=0.02)
     assert sampled.exponents()[1].sum() == pytest.approx(whole.exponents()[1].sum(), abs=256)
     assert all(look.same_as is None for look in sampled.looks if look.sampled)
 

@@ -14,7 +14,7 @@ from tcw.artifact import Artifact
 from tcw.pipeline import compress
 from tcw.source import Source, open_source
 from tcw.tensor import TensorData, TensorInfo
-from tcw.weights import Encoded, WeightMethod
+from tcw.weights import Encoded, Statistics, WeightMethod
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Coarse(WeightMethod):
     def part_names(self, info: TensorInfo) -> tuple[str, ...]:
         return ("words",)
 
-    def encode(self, tensor: TensorData) -> Encoded:
+    def encode(self, tensor: TensorData, statistics: Statistics | None = None) -> Encoded:
         return Encoded({"words": tensor.words >> self.drop}, {"drop": self.drop})
 
     @classmethod

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 from html.parser import HTMLParser
@@ -73,6 +74,22 @@ def test_page_shows_what_was_measured() -> None:
     assert page.count(">fail<") == 1
     assert 'class="word yes"' in page
     assert 'class="word no"' in render(full("different"))
+
+
+def test_page_shows_limits_on_tensors_bytes_and_generation() -> None:
+    verdict = full()
+    verdict.sections["weights"] = {"max_error": 0.0921, "bits_per_weight": 3.004}
+    plain = render(verdict)
+    assert "0.0921" in plain
+    assert "3.004" not in plain, "no limit is set on it"
+    limits = [
+        Limit("max_weight_error", 0.0921, 0.25, True), Limit("max_bits_per_weight", 3.004, 3.02, True),
+        Limit("min_greedy", 12 / 64, 0.5, False),
+    ]  # fmt: skip
+    page = render(dataclasses.replace(verdict, limits=limits))
+    for shown in ("at most 0.25", "at most 3.02", "at least 50.00 %", "3.004", "0.0921"):
+        assert shown in page, shown
+    assert (page.count(">pass<"), page.count(">fail<")) == (2, 1)
 
 
 def test_page_without_a_reference() -> None:

@@ -10,6 +10,7 @@ from tcw.verify.verdict import MEASURES, Limit, TensorReport, Verdict, decide, h
 SAME = TensorReport(checked=3)
 OTHER = TensorReport(checked=3, different=["w"], reasons={"w": "2 of 4 elements differ from the reference"})
 DAMAGED = TensorReport(checked=3, files=["config.json"], damaged=True)
+SMALL = Limit("max_bits_per_weight", 3.01, 3.02, True)
 GOOD, BAD = Limit("max_kl", 0.1, 0.2, True), Limit("max_kl", 0.3, 0.2, False)
 
 
@@ -30,6 +31,9 @@ def test_every_limit_of_a_recipe_is_measured() -> None:
         (OTHER, False, [GOOD], "equivalent"),
         (OTHER, False, [GOOD, BAD], "different"),
         (DAMAGED, True, [GOOD], "different"),
+        (OTHER, True, [SMALL], "different"),
+        (OTHER, False, [SMALL, GOOD], "equivalent"),
+        (SAME, True, [SMALL], "identical"),
     ],
 )
 def test_decide(tensors: TensorReport, same_output: bool, limits: list[Limit], expected: str) -> None:
@@ -72,7 +76,9 @@ def test_json_has_every_key_and_no_nan() -> None:
     assert text["tensors"] | {"checked": 3, "identical": 2, "different": ["w"]} == text["tensors"]
     assert text["logits"] == dict.fromkeys(("bit_identical", "max_abs_diff", "mean_kl", "top1_agreement"))
     assert text["perplexity"] == {"reference": 3.0, "artifact": None, "rise": None}
-    assert text["generation"] == {"tokens": None, "identical_tokens": None}
+    assert text["generation"] == {"tokens": None, "identical_tokens": None, "agreement": None}
+    assert text["weights"] == dict.fromkeys(("max_error", "max_error_tensor", "bits_per_weight", "methods"))
+    assert text["runtime"] == {"residency": None}
     assert text["limits"] == []
 
 

@@ -54,7 +54,8 @@ def test_a_lossless_artifact_against_its_source(lossless: Artifact, tiny: Source
     shown = verdict.to_json()
     assert verdict.verdict == "identical"
     assert shown["logits"] == {"bit_identical": True, "max_abs_diff": 0.0, "mean_kl": 0.0, "top1_agreement": 1.0}
-    assert shown["generation"] == {"tokens": 64, "identical_tokens": 64}
+    assert shown["generation"] == {"tokens": 64, "identical_tokens": 64, "agreement": 1.0}
+    assert shown["weights"]["max_error"] == 0
     assert shown["perplexity"]["rise"] == 0
     assert shown["perplexity"]["reference"] > 1
     assert {limit["name"] for limit in shown["limits"]} == {"max_kl", "min_top1", "max_ppl_rise"}

@@ -15,7 +15,7 @@ from tcw.events import Progress
 from tcw.source import Source
 from tcw.verify.compare import compare, nll, worst
 from tcw.verify.inputs import Feed, Plan, plan_inputs
-from tcw.verify.running import greedy, loaded, output
+from tcw.verify.running import greedy, loaded, output, residency_of
 from tcw.verify.suites import Job, Measured
 from tcw.verify.verdict import Sequence
 
@@ -36,14 +36,15 @@ def run(job: Job) -> Measured:
             sequences.append(sequence)
             sums = (sums[0] + losses[0], sums[1] + losses[1])
         tokens = _generate(job, "artifact", model, plan)
-    sections: dict[str, dict[str, Any]] = {}
+    sections: dict[str, dict[str, Any]] = {"runtime": {"residency": residency_of(job.artifact)}}
     if sequences:
         sections["logits"] = _summary(sequences)
     if predicted := sum(len(f.targets) for f in plan.feeds if f.targets is not None):
         before, after = (_perplexity(s, predicted) for s in sums)
         sections["perplexity"] = {"reference": before, "artifact": after, "rise": after / before - 1}
     if plan.new_tokens:
-        sections["generation"] = {"tokens": len(wanted), "identical_tokens": _agreed(wanted, tokens)}
+        same = _agreed(wanted, tokens)
+        sections["generation"] = {"tokens": len(wanted), "identical_tokens": same, "agreement": same / len(wanted)}
     return Measured(sections, wanted == tokens and all(s.bit_identical for s in sequences), sequences, plan.skipped)
 
 
