@@ -217,6 +217,12 @@ class BlockModel:
         few = type(data)(type(data.info)(data.info.name, data.info.dtype, words.shape), words.reshape(-1).view("uint8"))
         return torch.from_numpy(few.floats()).to(self.device)[where]
 
+    @property
+    def entrance(self) -> str:
+        """The source's tensor that is the input embedding; empty when there is none."""
+        places = self.places.get(self._entrance, [])
+        return places[0].tensor if places else ""
+
     def is_entrance(self, weight: Any) -> bool:
         """Say whether a parameter is the input embedding."""
         return weight is self.model.get_input_embeddings().weight

@@ -27,6 +27,7 @@ class Task:
     name: str
     read: Callable[[], TensorData]
     statistics: Statistics
+    table: bool = False  # an embedding: its inputs are tokens, so there is no Hessian to miss
 
 
 class Coder:
@@ -134,6 +135,8 @@ class Coder:
         if name in self.bits:
             extra["bits"] = self.bits[name] + (self._owed / self._open if self._open > 0 else 0.0)
         known: dict[str, Any] = {**extra, "gradient": self.gradients.get(name)}
+        if task.table:
+            return replace(task, statistics=replace(statistics, **known))
         if statistics.hessian is None or statistics.tokens * _LEAST_TOKENS < info.shape[-1]:
             self.note("saw too few tokens and are coded from their weights alone", name)
             return replace(task, statistics=replace(statistics, hessian=None, drift=None, **known))

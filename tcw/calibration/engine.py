@@ -80,6 +80,7 @@ class Walk:
             for k in range(len(self.model.paths)):
                 scales |= self._block(k, hidden, original)
             self._head(hidden)
+            self._table()
         for states in filter(None, (hidden, original)):
             states.close()
         return {"kv_scales": {"dtype": self._cache, "layers": scales}} if scales else {}
@@ -287,6 +288,17 @@ class Walk:
         coded = self.coder.code(tasks)
         self._tell(places[0].tensor)
         self.store.save("head", [r for r in coded if r])
+
+    def _table(self) -> None:
+        """Code an input embedding that bits were allocated to and that is not the output head as well."""
+        name = self.model.entrance
+        tied = any(place.tensor == name for place in self.model.places.get(self.model.head or "", []))
+        if name not in self.coder.bits or tied:
+            return
+        if not self.store.intact("entrance"):
+            task = Task(name, partial(self._tensor, name, None), Statistics(), table=True)
+            self.store.save("entrance", [r for r in self.coder.code([task]) if r])
+        self._tell(name)
 
     def _tell(self, name: str) -> None:
         self._done += 1

@@ -102,7 +102,7 @@ def _needs(model: BlockModel, coder: Coder, ids: np.ndarray, settings: Settings)
     free = pick(settings.device).free_bytes
     sizes = [sum(p.numel() for p in model.parameters_of(k).values()) for k in range(len(model.paths))]
     widths = [p.shape[-1] for k in range(len(model.paths)) for p in model.parameters_of(k).values() if p.dim() > 1]
-    block = 4 * max(sizes) * copies + 5 * 4 * max(widths) ** 2  # sums, and a factorisation in float64
+    block = 4 * max(sizes) * copies + 36 * max(widths) ** 2  # a Hessian in float32, its factors in float64
     shape = (copies * ids.size, int(model.model.config.get_text_config().hidden_size))
     return {
         "bytes_block": block, "bytes_activations": 4 * shape[0] * shape[1], "tokens": ids.size, "bytes_free": free,

@@ -23,7 +23,7 @@ from tcw.calibration.blocks import BlockModel, Place
 from tcw.calibration.watch import Covariance, Site, Watch
 from tcw.events import Progress, Report
 from tcw.tensor import TensorData
-from tcw.weights import Curve, WeightMethod
+from tcw.weights import Curve, Statistics, WeightMethod
 
 MOST_SEQUENCES = 8  # a survey estimates sums over many rows: few tokens are enough
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
@@ -81,6 +81,7 @@ def survey(model: BlockModel, ids: torch.Tensor, wants: Wants, room: Room, progr
         _back(model, k, states[k], gradients, wants, found, ids.numel())
         states[k].close()
         progress(Progress("survey", total - k, total, "layers", model.paths[k]))
+    _entrance(model, ids, gradients, wants, found)
     gradients.close()
     return found
 
@@ -179,6 +180,24 @@ def _back(
     for site in squares.sums:
         squares.keep(model, site, found, tokens)
     model.release(k)
+
+
+def _entrance(model: BlockModel, ids: torch.Tensor, gradients: Activations, wants: Wants, found: Survey) -> None:
+    """Probe an input embedding that is not the output head as well: a layer whose inputs are tokens, one at a time.
+
+    Rows count by how often their token occurs, half by this text and half evenly: most tokens do not occur in it.
+    """
+    name = model.entrance
+    method = wants(name) if name and name not in found.errors else None
+    if method is None:
+        return
+    tensor = model.source.read(name)
+    square = sum(float(gradients[b].double().square().sum()) for b in range(len(gradients)))
+    share = np.bincount(ids.flatten().numpy(), minlength=tensor.info.shape[0]) / ids.numel()
+    share = 0.5 * share + 0.5 / tensor.info.shape[0]
+    found.errors[name] = method.probe(tensor, Statistics())
+    found.numel[name] = tensor.info.numel
+    found.gradients[name] = share * square / (ids.numel() * tensor.info.shape[1])
 
 
 class _Squares:

@@ -17,7 +17,7 @@ from tcw.artifact import method_class
 from tcw.methods import option
 from tcw.tensor import TensorData, TensorInfo
 from tcw.weights import Curve, Encoded, Statistics, WeightMethod
-from tcw.weights._linears import is_linear
+from tcw.weights._linears import is_embedding, is_linear
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -61,9 +61,10 @@ class Coarse(WeightMethod):
     allocate_bits: bool = option(False, "allocate")
     kv: str = option("off", "scales of the cache")
     smooth: bool = option(False, "scale inputs")
+    embeddings: bool = option(False, "take embeddings and heads, too")
 
     def wants(self, info: TensorInfo) -> bool:
-        return is_linear(info)
+        return is_linear(info) or (self.embeddings and is_embedding(info))
 
     def part_names(self, info: TensorInfo) -> tuple[str, ...]:
         return ("grid", "step")
@@ -88,8 +89,8 @@ class Coarse(WeightMethod):
 
     def probe(self, tensor: TensorData, statistics: Statistics) -> dict[float, np.ndarray]:
         error = tensor.floats() - self.step * np.rint(tensor.floats() / self.step)
-        assert statistics.hessian is not None
-        return {16.0: ((error @ statistics.hessian) * error).sum(1).astype(np.float64)}
+        hessian = np.eye(error.shape[1]) if statistics.hessian is None else statistics.hessian
+        return {16.0: ((error @ hessian) * error).sum(1).astype(np.float64)}
 
     def allocate(self, curves: list[Curve]) -> dict[str, float]:
         return {curve.name: 16.0 for curve in curves}

@@ -36,10 +36,11 @@ def test_high_rate_theory() -> None:
 @pytest.mark.parametrize("bits", [1.5, 2.37, 3.0, 4.8, 6.0])
 def test_spend_is_no_worse_than_a_fine_grid(bits: float) -> None:
     rng = np.random.default_rng(0)
-    curves = [
-        Curve(name, int(rng.integers(100, 900)), dict(zip((1.0, 2.0, 4.0, 8.0), np.cumprod(rng.uniform(0.05, 0.1, 4) ** [1, 1, 1.5, 2]).tolist(), strict=True)))
-        for name in "abc"
-    ]  # fmt: skip
+    curves = []
+    for name in "abc":
+        falls = rng.uniform(0.05, 0.1, 4) ** [1, 1, 1.5, 2]
+        damage = dict(zip((1.0, 2.0, 4.0, 8.0), np.cumprod(falls).tolist(), strict=True))
+        curves.append(Curve(name, int(rng.integers(100, 900)), damage))
     found = spend(curves, bits, least=1.0, most=8.0)
     assert average(curves, found) == pytest.approx(bits, abs=1e-9)
     total = sum(at(c, found[c.name]) for c in curves)

@@ -210,6 +210,33 @@ def test_squared_gradients_are_those_of_the_whole_model(
     assert curve.damage[16.0] == pytest.approx(0.5 * float((error * found.gradients[curve.name]).sum()))
 
 
+def test_an_embedding_gets_bits_as_well(coarse: type[Coarse], model: Callable[..., Path], tmp_path: Path) -> None:
+    """One that is not the head: its rows count by their tokens, its columns by the gradient where blocks begin."""
+    source, name = open_source(model("llama", tie_word_embeddings=False)), "model.embed_tokens.weight"
+    made = walk(source, tmp_path / "store", allocate_bits=True, embeddings=True)
+    assert coarse.seen[name].bits is not None
+    assert coarse.seen[name].hessian is None
+    gradient = coarse.seen[name].gradient
+    assert gradient is not None
+    often, never = int(IDS[0, 0]), int(np.setdiff1d(np.arange(256), IDS.flatten().numpy())[0])
+    assert gradient[often] > gradient[never] > 0
+    assert made.store.get(name) is not None
+    assert made.store.get("lm_head.weight") is not None
+    assert not made.coder.notes
+    coarse.seen.clear()
+    walk(source, tmp_path / "store", allocate_bits=True, embeddings=True)
+    assert not coarse.seen
+
+
+def test_a_tied_embedding_is_coded_once(coarse: type[Coarse], model: Callable[..., Path], tmp_path: Path) -> None:
+    source = open_source(model("llama", tie_word_embeddings=True))
+    made = walk(source, tmp_path / "store", allocate_bits=True, embeddings=True)
+    assert "lm_head.weight" not in source.tensors()
+    seen = coarse.seen["model.embed_tokens.weight"]
+    assert seen.tokens == IDS.numel()
+    assert made.store.index["model.embed_tokens.weight"][0] == "head"
+
+
 def test_damage_estimates_the_kl(coarse: type[Coarse], model: Callable[..., Path], tmp_path: Path) -> None:
     """A small error in one layer costs about the KL that the survey says."""
     folder, name = model("llama"), "model.layers.1.mlp.up_proj.weight"
