@@ -12,6 +12,7 @@ from tcw.units import show_bytes
 EXAMPLES = (
     ("plain safetensors, the bytes that came in", "tcw export ./smollm2.lossless --to hf -o ./smollm2"),
     ("for the DFloat11 package", "tcw export ./smollm2.lossless --to dfloat11 -o ./smollm2-df11"),
+    ("quantised weights for vLLM", "tcw export ./smollm2.int4 --to compressed-tensors -o ./smollm2-w4"),
     ("an official DFloat11 model back to plain weights", "tcw export ./some-model-DF11 --to hf -o ./some-model"),
 )
 
@@ -31,7 +32,9 @@ def export(
 ) -> None:
     """Write an artifact in the format of another tool.
 
-    Targets: hf (plain safetensors), dfloat11 (the official DFloat11 layout). Any MODEL will do as the artifact.
+    Targets: hf (plain safetensors) and dfloat11 (the official DFloat11 layout) from any MODEL; from artifacts with
+    quantised weights also compressed-tensors (for vLLM, SGLang, transformers), hf-fp8 (FP8 in blocks, for transformers)
+    and gptq (GPTQ's tensors). Codes and scales are written as they are, nothing is quantised again.
     """
     out.configure(json, quiet, verbose)
     from tcw import export as exporting
