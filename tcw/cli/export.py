@@ -32,9 +32,9 @@ def export(
 ) -> None:
     """Write an artifact in the format of another tool.
 
-    Targets: hf (plain safetensors) and dfloat11 (the official DFloat11 layout) from any MODEL; from artifacts with
-    quantised weights also compressed-tensors (for vLLM, SGLang, transformers), hf-fp8 (FP8 in blocks, for transformers)
-    and gptq (GPTQ's tensors). Codes and scales are written as they are, nothing is quantised again.
+    Targets from any MODEL: hf (plain safetensors), dfloat11 (the official layout). From artifacts with quantised
+    weights: compressed-tensors (for vLLM, SGLang, transformers), gptq (GPTQ's tensors), hf-fp8 (FP8 in blocks, for
+    transformers). Codes and scales are written as they are, nothing is quantised again.
     """
     out.configure(json, quiet, verbose)
     from tcw import export as exporting
