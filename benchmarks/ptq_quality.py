@@ -12,7 +12,7 @@ as they are. Bits are those of the artifact's files: everything that the quantis
 Calibration: 32 windows of 512 tokens. Evaluation: `--windows` windows of 512 tokens spread evenly over the text,
 float32 arithmetic on the decoded weights; perplexity over all tokens, mean KL to the original model in nats at every
 position, and how often both have the same most likely token. `--split` takes a text of one article a line: of the
-lines above 500 characters the first half calibrates and the second evaluates. Writes results/ptq_quality-DATE.json.
+lines above 500 characters the first half calibrates and the second evaluates. Writes results/ptq_quality-DATE-TEXT.json.
 """
 
 import argparse
@@ -33,6 +33,7 @@ LENGTH, SAMPLES = 512, 32
 ROWS = {
     "fp8": "fp8",
     "fp8 coded": "fp8:entropy=on",
+    "fp8 gptq": "fp8:algo=gptq",
     "int8 rtn": "int8:algo=rtn",
     "int8 gptq": "int8:algo=gptq",
     "int4 rtn g64": "int4:algo=rtn,group_size=64",
@@ -45,10 +46,12 @@ ROWS = {
     "int2 tune=0": "int2:tune=0",
     "mixed 2.5": "mixed:bits=2.5",
     "mixed 3": "mixed:bits=3",
-    "ecq 2.1 equal": "ecq:bits=2.1,allocation=equal",
+    "ecq 2.1 core": "ecq:bits=2.1,allocate=equal,trellis=0",  # WaterSIC's core: rounding, equal bits
+    "ecq 2.1 equal": "ecq:bits=2.1,allocate=equal",
     "ecq 2.1": "ecq:bits=2.1",
     "ecq 2.6": "ecq:bits=2.6",
-    "ecq 3.1 equal": "ecq:bits=3.1,allocation=equal",
+    "ecq 3.1 core": "ecq:bits=3.1,allocate=equal,trellis=0",
+    "ecq 3.1 equal": "ecq:bits=3.1,allocate=equal",
     "ecq 3.1": "ecq:bits=3.1",
     "ecq 4.1": "ecq:bits=4.1",
 }
@@ -191,15 +194,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if options.split:
             options.calibration, options.evaluation = split(options.split, Path(scratch))
-        report = run(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"ptq_quality-{report['date']}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}", file=sys.stderr)
+        run(options)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All rows, printed as they come."""
+def run(options: argparse.Namespace) -> None:
+    """All rows, printed and written as they come."""
     import torch
     from transformers.utils import logging
 
@@ -212,16 +211,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     reference = tcw.load(options.model, residency="bf16", device="cpu", dtype=torch.float32)
     print("| method           |   bits |     MB |      PPL |  ratio |      KL | top-1 |  wall |   CPU | MB mem |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    rows = []
-    for name in options.methods or ROWS:
-        rows.append(measure(name, ROWS.get(name, name), options, reference, ids))
-        show(rows[-1])
-    return {
+    rows: list[dict[str, Any]] = []
+    report = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": machine(), "model": options.model,
         "calibration": {"text": _name(options.split or options.calibration), "windows": SAMPLES, "length": LENGTH},
         "evaluation": {"text": _name(options.split or options.evaluation), "windows": len(ids), "length": LENGTH},
         "rows": rows,
     }  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"ptq_quality-{report['date']}-{Path(report['evaluation']['text']).stem}.json"
+    for name in options.methods or ROWS:
+        rows.append(measure(name, ROWS.get(name, name), options, reference, ids))
+        show(rows[-1])
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def _name(path: Path | None) -> str:

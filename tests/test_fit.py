@@ -81,8 +81,8 @@ def test_a_dial_of_the_user_passes_the_ladder_by(planner: Planner) -> None:
 
 
 def test_other_options_of_the_dial_stay(planner: Planner) -> None:
-    found, _ = fit.choose(SOURCE, 4_000, method=recipe.parse_spec("ecq:allocation=equal,bits=2"))
-    assert found.steps[0].options["allocation"] == "equal"
+    found, _ = fit.choose(SOURCE, 4_000, method=recipe.parse_spec("ecq:allocate=equal,bits=2"))
+    assert found.steps[0].options["allocate"] == "equal"
     assert found.steps[0].options["bits"] > 2
 
 

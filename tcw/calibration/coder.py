@@ -84,7 +84,7 @@ class Coder:
         for step, method in self._steps:
             own = [c for c in curves if (o := self.owner(c.name)) is not None and o[0] is step]
             if own and method.allocates():
-                self.bits |= {name: float(bits) for name, bits in method.allocate(own).items()}
+                self.bits |= {name: float(bits) for name, bits in method.share_out(own).items()}
         self.gradients = {n: g.astype(np.float32) for n, g in found.gradients.items() if n in self.bits}
         self.open_budget()
 

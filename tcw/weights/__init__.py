@@ -140,7 +140,7 @@ class WeightMethod(Method):
         return None
 
     def allocates(self) -> bool:
-        """Say whether bits are allocated over the model: then `probe` and `allocate` are asked before `encode`."""
+        """Say whether bits are allocated over the model: then `probe` and `share_out` are asked before `encode`."""
         return False
 
     def probe(self, tensor: TensorData, statistics: Statistics) -> dict[float, np.ndarray]:
@@ -150,7 +150,7 @@ class WeightMethod(Method):
         """
         raise NotImplementedError
 
-    def allocate(self, curves: list[Curve]) -> dict[str, float]:
+    def share_out(self, curves: list[Curve]) -> dict[str, float]:
         """Choose the real bits per weight of each tensor: name -> bits."""
         raise NotImplementedError
 

@@ -94,7 +94,7 @@ class Mixed(IntegerMethod):
         errors = sample_errors(weights, hessian, grids, self.damp, _ROWS)
         return {_real(grid, tensor.info): error for grid, error in zip(grids, errors, strict=True)}
 
-    def allocate(self, curves: list[Curve]) -> dict[str, float]:
+    def share_out(self, curves: list[Curve]) -> dict[str, float]:
         """The choice of real bits for each tensor that harms least at the average `bits`."""
         from tcw.calibration import allocate
 

@@ -92,7 +92,7 @@ class Coarse(WeightMethod):
         hessian = np.eye(error.shape[1]) if statistics.hessian is None else statistics.hessian
         return {16.0: ((error @ hessian) * error).sum(1).astype(np.float64)}
 
-    def allocate(self, curves: list[Curve]) -> dict[str, float]:
+    def share_out(self, curves: list[Curve]) -> dict[str, float]:
         return {curve.name: 16.0 for curve in curves}
 
     def prescale(self, weights: list[np.ndarray], statistics: Statistics) -> np.ndarray | None:

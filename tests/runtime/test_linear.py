@@ -268,7 +268,7 @@ def test_fp8_measures_rounded_inputs_unless_told_not_to(made: Any) -> None:
 
 
 def test_ecq_stays_in_its_code_on_the_cpu(made: Any, tmp_path: Path, tiny_llama: Path) -> None:
-    folder = made("ecq:bits=3,allocation=equal")
+    folder = made("ecq:bits=3,allocate=equal")
     model = packed(folder)
     stays = {n: p for n, p in model.named_parameters() if isinstance(p, Packed)}
     assert len(stays) == 14
@@ -293,13 +293,13 @@ def test_it_says_what_it_keeps(made: Any, caplog: Any) -> None:
     size = sum(layer.quantized.nbytes for layer in layers)
     assert size < 0.55 * sum(2 * layer.in_features * layer.out_features for layer in layers)
     assert f"14 layers hold {size / 1000:.1f} kB; decoded when used: 0 weights, at load: 0" in caplog.text
-    packed(made("ecq:bits=3,allocation=equal"))
+    packed(made("ecq:bits=3,allocate=equal"))
     assert "0 layers hold 0 B; decoded when used: 14 weights, at load: 0" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_another_dtype_is_honoured(made: Any, dtype: torch.dtype) -> None:
-    for spec in ("int8:algo=rtn,targets=all", "fp8:activation=none", "ecq:bits=3,allocation=equal"):
+    for spec in ("int8:algo=rtn,targets=all", "fp8:activation=none", "ecq:bits=3,allocate=equal"):
         model, expected = packed(made(spec), dtype=dtype), tcw.load(made(spec), device="cpu", dtype=dtype)
         assert model.dtype == dtype
         with torch.no_grad():
@@ -425,7 +425,7 @@ def test_device_maps_lead_to_the_same_model(made: Any, monkeypatch: Any, spread:
 
     parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
     where = dict.fromkeys(parts, "cpu") if spread else {"": "cpu"}
-    for spec in ("int8:algo=rtn,targets=all", "fp8", "ecq:bits=3,allocation=equal"):
+    for spec in ("int8:algo=rtn,targets=all", "fp8", "ecq:bits=3,allocate=equal"):
         expected = logits(packed(made(spec)))
         monkeypatch.setattr(module, "_device_map", lambda *_: where)
         assert torch.equal(logits(packed(made(spec))), expected)
@@ -465,7 +465,7 @@ def test_the_size_in_memory_is_known_beforehand(made: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("spec", [*SPECS, "fp8", "fp8:scale=block", "ecq:bits=3,allocation=equal"])
+@pytest.mark.parametrize("spec", [*SPECS, "fp8", "fp8:scale=block", "ecq:bits=3,allocate=equal"])
 def test_a_gpu_says_what_the_processor_says(made: Any, spec: str) -> None:
     here, there = packed(made(spec)), tcw.load(made(spec), residency="packed", device="cuda")
     ids = torch.arange(3, 30).reshape(1, -1)

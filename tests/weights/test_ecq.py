@@ -300,11 +300,11 @@ def test_probe_foretells_the_error() -> None:
 
 def test_allocation_keeps_the_total() -> None:
     curves = [Curve(n, 1000, {b: scale * 4.0**-b for b in (1.0, 3.0, 8.0)}) for n, scale in (("a", 1.0), ("b", 64.0))]
-    bits = Ecq(bits=3.0).allocate(curves)
+    bits = Ecq(bits=3.0).share_out(curves)
     assert bits["a"] + bits["b"] == pytest.approx(6.0)
     assert bits["b"] - bits["a"] == pytest.approx(3.0, abs=0.01)
     assert Ecq().allocates()
-    assert not Ecq(allocation="equal").allocates()
+    assert not Ecq(allocate="equal").allocates()
 
 
 # what is stored
@@ -373,7 +373,7 @@ def test_scales_that_cannot_be_are_refused(ranges: list[float]) -> None:
         Ecq.decode(of.info, Encoded({**encoded.parts, "ranges": np.array(ranges, np.float32)}, encoded.params))
 
 
-@pytest.mark.parametrize("options", [{"bits": 1.0}, {"bits": 9.0}, {"trellis": 1}, {"damp": 0.0}, {"allocation": "no"}])
+@pytest.mark.parametrize("options", [{"bits": 1.0}, {"bits": 9.0}, {"trellis": 1}, {"damp": 0.0}, {"allocate": "no"}])
 def test_options_that_make_no_sense(options: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         methods.build("ecq", options)
