@@ -27,7 +27,7 @@ from tcw.tensor import TensorData
 from tcw.weights import Statistics
 
 _TOKENS_A_BATCH = 2048
-_SURVEY_BYTES = 512 << 20  # of states before every block that are kept in memory, not on the disk
+_SURVEY_BYTES = 64 << 20  # of states before every block that are kept in memory, not on the disk
 _LARGEST = {"fp8": 448.0, "int8": 127.0}  # what a cache of this kind can hold
 
 Means = dict[Site, Statistics]

@@ -25,6 +25,7 @@ from tcw.events import Progress, Report
 from tcw.tensor import TensorData
 from tcw.weights import Curve, Statistics, WeightMethod
 
+_OUTPUTS = 1 << 23  # logits at a time: a vocabulary is wide, and positions do not depend on one another
 MOST_SEQUENCES = 8  # a survey estimates sums over many rows: few tokens are enough
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
 
@@ -143,12 +144,17 @@ def _tail(model: BlockModel, ids: torch.Tensor, states: Activations, wants: Want
             covariance.add(x)
             squares.follow(at, y)
 
+        step = max(1, _OUTPUTS // max(1, head.shape[0] if head is not None else ids.shape[1]))
         for b, batch in enumerate(ids):
-            hidden = states[b].requires_grad_()
-            with Watch(watched, note):
-                out = tail(batch, hidden)
-            loss = _loss(out.float(), is_logits=model.head is not None, generator=generator)
-            states[b] = torch.autograd.grad(loss, hidden)[0]
+            gradient = torch.empty_like(states[b])
+            for one, of_one, state in zip(batch, gradient, states[b], strict=True):
+                for part in (slice(first, first + step) for first in range(0, len(one), step)):
+                    hidden = state[part][None].requires_grad_()
+                    with Watch(watched, note):
+                        out = tail(one[part][None], hidden)
+                    loss = _loss(out.float(), is_logits=model.head is not None, generator=generator)
+                    of_one[part] = torch.autograd.grad(loss, hidden)[0][0]
+            states[b] = gradient
         if site in squares.sums:
             _probe(model, site, covariance, wants, found)
             squares.keep(model, site, found, ids.numel())
