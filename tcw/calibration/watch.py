@@ -113,6 +113,7 @@ class Covariance:
     def __init__(self) -> None:
         self._sum: torch.Tensor | None = None
         self._drift: torch.Tensor | None = None
+        self._found: Statistics | None = None
         self._tokens = 0
         self._largest = 0.0
 
@@ -132,9 +133,8 @@ class Covariance:
         self._largest = max(self._largest, float(rows.abs().max()))
 
     def statistics(self) -> Statistics:
-        """What was seen, as means over tokens."""
-        if self._sum is None:
-            return Statistics()
-        drift = None if self._drift is None else (self._drift / self._tokens).cpu().numpy()
-        hessian = (self._sum / self._tokens).cpu().numpy()
-        return Statistics(hessian, self._tokens, drift=drift, input_max=self._largest)
+        """What was seen, as means over tokens. After that nothing can be added."""
+        if self._found is None:
+            sums = [None if s is None else s.div_(self._tokens).cpu().numpy() for s in (self._sum, self._drift)]
+            self._found = Statistics(sums[0], self._tokens, drift=sums[1], input_max=self._largest)
+        return self._found

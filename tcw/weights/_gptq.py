@@ -53,31 +53,33 @@ def prepare(hessian: np.ndarray | None, width: int, damp: float) -> Hessian | No
     """
     if hessian is None or not np.isfinite(hessian).all():
         return None
-    matrix = 0.5 * (hessian.astype(np.float64) + hessian.T)
-    diagonal = np.maximum(np.diagonal(matrix), 0.0)
+    matrix = hessian + hessian.T
+    diagonal = np.maximum(np.diagonal(matrix), 0.0).astype(np.float64)
     mean = float(diagonal.mean()) if width else 0.0
     if not mean > 0:
         return None
     matrix[diagonal == 0] = 0.0
     matrix[:, diagonal == 0] = 0.0
     matrix /= mean  # so that float32 can hold it whatever the unit of x
-    diagonal = diagonal / mean
+    diagonal /= mean
     order = np.argsort(-diagonal, kind="stable")
     while True:
         np.fill_diagonal(matrix, diagonal + damp)
         try:
-            lower = np.linalg.cholesky(matrix[np.ix_(order[::-1], order[::-1])])
+            # only the factor is float64, and only while it is needed: wide layers have Hessians of a gigabyte
+            lower = np.linalg.cholesky(matrix[np.ix_(order[::-1], order[::-1])].astype(np.float64))
             break
         except np.linalg.LinAlgError:
             damp = 10 * max(damp, 1e-6)
             if damp > _MOST_DAMPING:
-                matrix = np.diag(diagonal + damp)
-    upper = lower[::-1, ::-1]
-    pivots = np.diagonal(upper)
+                matrix = np.diag(diagonal + damp).astype(np.float32)
+    pivots = np.diagonal(lower)[::-1].copy()
     importance = np.empty(width, np.float32)
     importance[order] = pivots**2
-    feedback = np.triu(upper / pivots, 1).astype(np.float32)
-    return Hessian(matrix.astype(np.float32), order, feedback, importance)
+    lower /= pivots[::-1]
+    np.fill_diagonal(lower, 0.0)
+    feedback = np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+    return Hessian(matrix, order, feedback, importance)
 
 
 def loss(errors: np.ndarray, hessian: Hessian) -> np.ndarray:
