@@ -12,7 +12,8 @@ as they are. Bits are those of the artifact's files: everything that the quantis
 Calibration: 32 windows of 512 tokens. Evaluation: `--windows` windows of 512 tokens spread evenly over the text,
 float32 arithmetic on the decoded weights; perplexity over all tokens, mean KL to the original model in nats at every
 position, and how often both have the same most likely token. `--split` takes a text of one article a line: of the
-lines above 500 characters the first half calibrates and the second evaluates. Writes results/ptq_quality-DATE-TEXT.json.
+lines above 500 characters the first half calibrates and the second evaluates. Writes
+results/ptq_quality-DATE-TEXT.json.
 """
 
 import argparse
