@@ -254,9 +254,8 @@ class ArtifactWriter:
                 files.pop(own)
             manifest = self._manifest(source_hashes, {n: self._facts(n, p) for n, p in files.items()})
             said = dict(calibration or {})
-            rare = {
-                "transforms": list(self._source.transforms), "kv_scales": said.pop("kv_scales", {}), "calibration": said,
-            }  # fmt: skip
+            scales = said.pop("kv_scales", {})
+            rare = {"transforms": list(self._source.transforms), "kv_scales": scales, "calibration": said}
             manifest |= {key: value for key, value in rare.items() if value}
             (self._folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
             Artifact(self._folder)  # what cannot be opened again must not look finished

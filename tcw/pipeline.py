@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread, Timer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tcw.artifact import RAW, SAME, file_sha256
 from tcw.artifact_writer import ArtifactWriter, Stored
@@ -35,6 +35,9 @@ from tcw.source import Source
 from tcw.tensor import TensorInfo
 from tcw.weights import WeightMethod
 from tcw.window import in_order
+
+if TYPE_CHECKING:
+    from tcw.calibration.run import Inputs
 
 _GRACE = 5.0  # seconds
 _SAMPLE_BYTES = 64 << 20  # a plan looks at this much of a tensor
@@ -179,11 +182,12 @@ def compress(
     _check(source, recipe)
     start = time.monotonic()
     source, notes = _rotated(source, recipe.steps, check=True)
+    inputs = _inputs(source, recipe.steps, calibration or Settings())  # what is wrong with them shows before the work
     writer = ArtifactWriter(source, recipe.to_json(), out, _part_names(recipe.steps), force=force, resume=resume)
     hasher = ThreadPoolExecutor(1)
     try:
         hashes = {path.name: hasher.submit(file_sha256, path) for path in source.weight_files()}
-        calibrated = _calibrated(source, recipe.steps, writer.scratch, calibration or Settings(), resume, progress)
+        calibrated = _calibrated(source, recipe.steps, writer.scratch, inputs, resume, progress)
         with closing(_results(source, recipe, writer, calibrated, workers, progress)) as results:
             for stored in results:
                 writer.add(stored)
@@ -220,14 +224,22 @@ def _rotated(source: Source, steps: tuple[Step, ...], *, check: bool) -> tuple[S
         return source, (f"not rotated: {error.message}",)
 
 
-def _calibrated(
-    source: Source, steps: tuple[Step, ...], folder: Path, settings: Settings, resume: bool, progress: Report
-) -> Calibrated:
+def _inputs(source: Source, steps: tuple[Step, ...], settings: Settings) -> "Inputs | None":
     if not _calibrates(steps):
+        return None
+    from tcw.calibration import run
+
+    return run.prepare(source, steps, settings)
+
+
+def _calibrated(
+    source: Source, steps: tuple[Step, ...], folder: Path, inputs: "Inputs | None", resume: bool, progress: Report
+) -> Calibrated:
+    if inputs is None:
         return NOTHING
     from tcw.calibration import run
 
-    return run.calibrate(source, steps, folder, settings, resume=resume, progress=progress)
+    return run.calibrate(source, steps, folder, inputs, resume=resume, progress=progress)
 
 
 def _needs(source: Source, steps: tuple[Step, ...], settings: Settings) -> dict[str, Any] | None:

@@ -49,6 +49,7 @@ class Coder:
         self._open = 0  # weights that still have to be coded within the allocation
         self._owed = 0.0  # bits that tensors so far left over (or took too many of, below 0)
         self._reasons: dict[str, list[str]] = {}
+        self._fresh: dict[str, list[str]] = {}
 
     @property
     def methods(self) -> list[WeightMethod]:
@@ -154,3 +155,14 @@ class Coder:
     def note(self, reason: str, name: str) -> None:
         """Keep in mind that a tensor was not treated as asked; `reason` goes on from "3 tensors"."""
         self._reasons.setdefault(reason, []).append(name)
+        self._fresh.setdefault(reason, []).append(name)
+
+    def fresh_notes(self) -> dict[str, list[str]]:
+        """Reasons noted since this was asked last, with the tensors: what is kept with a block."""
+        fresh, self._fresh = self._fresh, {}
+        return fresh
+
+    def note_again(self, kept: dict[str, list[str]]) -> None:
+        """Take over what an interrupted run noted about a block."""
+        for reason, names in kept.items():
+            self._reasons.setdefault(reason, []).extend(names)

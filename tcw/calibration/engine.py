@@ -121,7 +121,7 @@ class Walk:
             self._restore(k, key)
         else:
             results = self._code(k, block, untouched, hidden, original)
-            self.store.save(key, results)
+            self.store.save(key, results, {"notes": self.coder.fresh_notes()})
         scales = self._advance(k, block, hidden)
         if untouched is not None and original is not None:
             for b in range(len(original)):
@@ -132,6 +132,7 @@ class Walk:
     def _restore(self, k: int, key: str) -> None:
         parameters = self.model.parameters_of(k)
         found = self.store.results(key)
+        self.coder.note_again((self.store.facts(key) or {}).get("extra", {}).get("notes", {}))
         for name, parameter in parameters.items():
             for place in self.model.places[name]:
                 result = found.get(place.tensor)

@@ -1,7 +1,7 @@
 """Calibrate a model for a recipe: text to tokens, a plan of what goes where, the walk, and notes on it."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,61 @@ from tcw.source import Source
 from tcw.units import show_bytes
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a run needs, checked before anything is written.
+
+    Attributes:
+        ids: int64 [sequences, length].
+        facts: what the manifest says of them.
+        notes: what of it could not be as asked.
+        model: the model, still empty; None where its blocks cannot be walked.
+        in_memory: whether activations stay in memory.
+    """
+
+    ids: np.ndarray
+    facts: dict[str, Any]
+    notes: tuple[str, ...]
+    model: BlockModel | None = None
+    in_memory: bool = True
+
+
+def prepare(source: Source, steps: tuple[Step, ...], settings: Settings) -> Inputs:
+    """Read and cut the text, make the empty model, and see that memory will do.
+
+    Raises:
+        SourceError: there is no tokenizer, or the text is too short or no text.
+        ResourceError: memory would not do.
+    """
+    from tcw.runtime.load import tokenizer
+
+    ids = texts.sequences(tokenizer(source), texts.read_texts(settings.text), settings.samples, settings.length)
+    facts = {
+        "text": settings.text.name if settings.text else "bundled", "sequences": len(ids), "length": ids.shape[1],
+        "tokens_sha256": texts.fingerprint(ids),
+    }  # fmt: skip
+    notes: tuple[str, ...] = ()
+    if len(ids) < settings.samples:
+        notes = (f"the text has {len(ids)} sequences of {ids.shape[1]} tokens, {settings.samples} were asked for",)
+    try:
+        model = BlockModel(source, pick(settings.device).torch_name)
+    except CannotCalibrate as error:
+        return Inputs(ids, facts, (*notes, _from_weights(error)))
+    found = _needs(model, Coder(source, steps), ids, settings)
+    if found["bytes_block"] > found["bytes_free"]:
+        raise ResourceError(
+            f"calibration needs about {show_bytes(found['bytes_block'])} for a block and its Hessians, "
+            f"{show_bytes(found['bytes_free'])} are free",
+            "use a machine with more memory, or methods that look at weights alone, such as `int4:algo=rtn`",
+        )
+    return Inputs(ids, facts, notes, model, found["where"] == "memory")
+
+
 def calibrate(
     source: Source,
     steps: tuple[Step, ...],
     folder: Path,
-    settings: Settings,
+    inputs: Inputs,
     *,
     resume: bool = False,
     progress: Report = silent,
@@ -38,7 +88,7 @@ def calibrate(
         source: the model, rotated already where a method asks for that.
         steps: the recipe's methods; a tensor belongs to the first that covers and wants it.
         folder: where results go, block by block.
-        settings: text, number and length of sequences, device.
+        inputs: what `prepare` made of the text and the model.
         resume: take the blocks that are there from an interrupted run.
         progress: is told after every layer.
 
@@ -47,37 +97,30 @@ def calibrate(
         results and a note: the pipeline then codes its weights without activations.
 
     Raises:
-        SourceError: there is no tokenizer, the text is too short, weights or activations are not finite.
-        ResourceError: memory would not do.
+        SourceError: weights or activations are not finite.
+        ResourceError: memory did not do.
         UsageError: `resume` with another text or other options.
     """
-    from tcw.runtime.load import tokenizer
-
-    ids = texts.sequences(tokenizer(source), texts.read_texts(settings.text), settings.samples, settings.length)
-    facts = {
-        "text": settings.text.name if settings.text else "bundled", "sequences": len(ids), "length": ids.shape[1],
-        "tokens_sha256": texts.fingerprint(ids),
-    }  # fmt: skip
-    notes: list[str] = []
-    if len(ids) < settings.samples:
-        notes.append(f"the text has {len(ids)} sequences of {ids.shape[1]} tokens, {settings.samples} were asked for")
-    store = Store(folder)
-    store.begin({"tcw": tcw.__version__, **facts, "steps": json.loads(json.dumps([asdict(s) for s in steps]))}, resume)
-    coder = Coder(source, steps)
+    if inputs.model is None:
+        return Calibrated(None, inputs.notes, inputs.facts)
+    store, coder = Store(folder), Coder(source, steps)
+    known = {"tcw": tcw.__version__, **inputs.facts, "steps": json.loads(json.dumps([asdict(s) for s in steps]))}
+    store.begin(known, resume)
+    where = None if inputs.in_memory else folder
     try:
-        model = BlockModel(source, pick(settings.device).torch_name)
-        needs = _needs(model, coder, ids, settings)
-        _check(needs)
-        where = None if needs["where"] == "memory" else folder
-        facts |= Walk(model, coder, store, torch.from_numpy(ids), where, progress).run()
+        extra = Walk(inputs.model, coder, store, torch.from_numpy(inputs.ids), where, progress).run()
     except CannotCalibrate as error:
-        return Calibrated(None, (*notes, f"coded from the weights alone: {error.message}"), facts)
+        return Calibrated(None, (*inputs.notes, _from_weights(error)), inputs.facts)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(
             f"no memory left while calibrating: {str(error).splitlines()[0] if str(error) else 'out of memory'}",
             "use shorter `--length`, or another device, then `--resume`",
         ) from None
-    return Calibrated(store, (*notes, *coder.notes), facts)
+    return Calibrated(store, (*inputs.notes, *coder.notes), {**inputs.facts, **extra})
+
+
+def _from_weights(error: CannotCalibrate) -> str:
+    return f"coded from the weights alone: {error.message}"
 
 
 def needs(source: Source, steps: tuple[Step, ...], settings: Settings) -> dict[str, Any] | None:
@@ -108,12 +151,3 @@ def _needs(model: BlockModel, coder: Coder, ids: np.ndarray, settings: Settings)
         "bytes_block": block, "bytes_activations": 4 * shape[0] * shape[1], "tokens": ids.size, "bytes_free": free,
         "where": "memory" if fits(1, shape, free - block) else "disk",
     }  # fmt: skip
-
-
-def _check(needs: dict[str, Any]) -> None:
-    if needs["bytes_block"] > needs["bytes_free"]:
-        raise ResourceError(
-            f"calibration needs about {show_bytes(needs['bytes_block'])} for a block and its Hessians, "
-            f"{show_bytes(needs['bytes_free'])} are free",
-            "use a machine with more memory, or methods that look at weights alone, such as `int4:algo=rtn`",
-        )
