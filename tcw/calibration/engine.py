@@ -18,7 +18,7 @@ from torch import nn
 from tcw.calibration.activations import Activations
 from tcw.calibration.blocks import BlockModel
 from tcw.calibration.coder import Coder, Task
-from tcw.calibration.scaling import fold
+from tcw.calibration.scaling import fold, norm_before
 from tcw.calibration.store import Result, Store
 from tcw.calibration.survey import MOST_SEQUENCES, members, survey
 from tcw.calibration.watch import Covariance, Enough, Group, Site, Stage, Watch, stages
@@ -215,20 +215,20 @@ class Walk:
         """Scale the inputs of products that share them, where a method wants that: the norm that took up the scale."""
         names = [place.tensor for site in group.sites for place in members(self.model, site)]
         method = next((m for name in names if (m := self.coder.method(name))), None)
-        if method is None or statistics.hessian is None or any(site.expert is not None for site in group.sites):
+        experts = any(site.expert is not None for site in group.sites)
+        if method is None or not method.prescales() or statistics.hessian is None or experts:
             return [], statistics
         parameters = self.model.parameters_of(k)
         weights = {site.parameter: parameters[site.parameter] for site in group.sites}
-        scale = method.prescale([w.cpu().numpy() for w in weights.values()], statistics)
-        if scale is None:
-            return [], statistics
-        norm = fold(self.model, k, block, list(weights), scale, lambda: self.model.run(k, block, hidden[0]))
-        if not norm:
+        run = partial(self.model.run, k, block, hidden[0])
+        norm = norm_before(self.model, k, weights, run)  # without one, a search for scales would be for nothing
+        scale = method.prescale([w.cpu().numpy() for w in weights.values()], statistics) if norm else None
+        results = fold(self.model, norm, weights, scale, run) if scale is not None else []
+        if not norm or (scale is not None and not results):
             self.coder.note("could not be scaled: no norm before them takes the scale", names[0])
-            return [], statistics
-        return norm, statistics.scaled(scale)
+        return (results, statistics.scaled(scale)) if results and scale is not None else ([], statistics)
 
-    def _put_back(self, jobs: list["Job"]) -> list[Result]:
+    def _put_back(self, jobs: list[Job]) -> list[Result]:
         """Code weights that do not depend on one another, side by side, and let the block compute with the results."""
         tasks = [
             Task(job.name, partial(self._tensor, job.name, job.weight if job.scaled else None), job.statistics)

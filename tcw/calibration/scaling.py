@@ -16,43 +16,43 @@ _NEAR = 1e-3  # of the output's size; float32 keeps far closer where the scale i
 
 
 def fold(
-    model: BlockModel, k: int, block: nn.Module, weights: list[str], scale: np.ndarray, run: Callable[[], torch.Tensor]
+    model: BlockModel,
+    norm: dict[str, nn.Parameter],
+    weights: dict[str, nn.Parameter],
+    scale: np.ndarray,
+    run: Callable[[], torch.Tensor],
 ) -> list[Result]:
-    """Divide the output of the norm before the layers `weights` of block `k` by `scale`, multiply their columns by it.
+    """Divide the output of a norm by `scale` and multiply the columns of the `weights` behind it by that.
 
-    Whether that leaves the block's output as it was is tried out; where it does not (another layer uses the norm's
-    output, or no norm comes before), everything is put back.
+    Whether this leaves the block's output, which `run` gives, as it was is tried out; where it does not (something else
+    uses the norm's output), everything is put back.
 
     Returns:
         The norm's tensors with their new values, or nothing.
     """
-    parameters = model.parameters_of(k)
     factor = torch.from_numpy(scale).to(model.device)
     before = run()
-    found = _norm_before(block, {name: parameters[name] for name in weights}, run)
-    if found is None:
-        return []
-    path, norm = f"{model.paths[k]}.{found[0]}", found[1]
-    own = {f"{path}.{name}": p for name, p in norm.named_parameters()}
-    changed = {**own, **{name: parameters[name] for name in weights}}
+    changed = {**norm, **weights}
     saved = {name: p.clone() for name, p in changed.items()}
     for offset in (0.0, 1.0):  # Gemma's norms multiply by 1 + weight
-        for name, p in own.items():
+        for name, p in norm.items():
             shift = offset if name.endswith(".weight") else 0.0
             p.copy_((saved[name] + shift) / factor - shift)
-        for name in weights:
-            parameters[name].copy_(saved[name] * factor)
+        for name, p in weights.items():
+            p.copy_(saved[name] * factor)
         if float((run() - before).abs().max()) <= _NEAR * float(before.abs().max()):
-            return [_settle(model, name, p) for name, p in own.items()]
+            return [_settle(model, name, p) for name, p in norm.items()]
     for name, value in saved.items():
         changed[name].copy_(value)
     return []
 
 
-def _norm_before(
-    block: nn.Module, weights: dict[str, nn.Parameter], run: Callable[[], torch.Tensor]
-) -> tuple[str, nn.Module] | None:
-    """The norm whose output is the input of all `weights`: its name in the block, and itself."""
+def norm_before(
+    model: BlockModel, k: int, weights: dict[str, nn.Parameter], run: Callable[[], torch.Tensor]
+) -> dict[str, nn.Parameter]:
+    """The parameters of the norm in block `k` whose output is the input of all `weights`; none where there is none."""
+    root = model.paths[k]
+    block = model.model.get_submodule(root)
     outputs: dict[int, tuple[str, nn.Module]] = {}
     kept: list[torch.Tensor] = []  # so that no other tensor takes their place in memory
     inputs: set[int] = set()
@@ -73,7 +73,8 @@ def _norm_before(
     finally:
         for handle in hooks:
             handle.remove()
-    return outputs.get(inputs.pop()) if len(inputs) == 1 else None
+    found = outputs.get(inputs.pop()) if len(inputs) == 1 else None
+    return {f"{root}.{found[0]}.{name}": p for name, p in found[1].named_parameters()} if found else {}
 
 
 def _settle(model: BlockModel, name: str, parameter: nn.Parameter) -> Result:

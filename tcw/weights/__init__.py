@@ -127,6 +127,10 @@ class WeightMethod(Method):
         """Say whether the model is to be rotated (tcw/calibration/rotation.py) before this method sees it."""
         return False
 
+    def prescales(self) -> bool:
+        """Say whether inputs are to be scaled before layers are coded: then `prescale` is asked."""
+        return False
+
     def prescale(self, weights: list[np.ndarray], statistics: Statistics) -> np.ndarray | None:
         """Find a scale s for the input of linear layers that share it, or None for no scaling.
 
@@ -135,9 +139,9 @@ class WeightMethod(Method):
             statistics: of the shared input.
 
         Returns:
-            float32 [in], above 0. The layers get W·diag(s), and what comes before them is divided by s.
+            float32 [in], above 0. The layers get W·diag(s), and the norm before them is divided by s.
         """
-        return None
+        raise NotImplementedError
 
     def allocates(self) -> bool:
         """Say whether bits are allocated over the model: then `probe` and `share_out` are asked before `encode`."""

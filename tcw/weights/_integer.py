@@ -229,25 +229,33 @@ def unpack_flat(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
 class IntegerMethod(WeightMethod):
     """What the integer methods share: a method says which grid a tensor gets and how its codes are found.
 
-    A subclass has the options `targets`, `algo` and `damp`, and says in `WIDTHS` which bits it reads.
+    A subclass has the options `targets`, `algo`, `damp` and, if it likes, `tune`, and says in `WIDTHS` which bits it
+    reads.
     """
 
     WIDTHS: ClassVar[tuple[int, ...]]
     targets: str
     algo: str
     damp: float
+    tune = 0  # rounds in which scales and codes are improved after GPTQ (tcw/weights/_tune.py)
 
     def grid_of(self, info: TensorInfo, bits: float | None = None) -> Grid:
         """The grid for a tensor that was given `bits` real bits per weight, where bits are allocated."""
         raise NotImplementedError
 
-    def rounds(self) -> int:
-        """How often scales and codes are improved in turns after GPTQ (tcw/weights/_tune.py)."""
-        return 0
-
     def calibrates(self) -> bool:
         """Every algorithm but plain rounding wants to know the layer's inputs."""
         return self.algo != "rtn"
+
+    def prescales(self) -> bool:
+        """Scale the inputs of layers with `algo=awq`."""
+        return self.algo == "awq"
+
+    def prescale(self, weights: list[np.ndarray], statistics: Statistics) -> np.ndarray | None:
+        """AWQ's scale of the input that layers share."""
+        from tcw.weights._awq import input_scale
+
+        return input_scale(weights, statistics, self.grid_of(TensorInfo("", "F32", weights[0].shape)))
 
     def wants(self, info: TensorInfo) -> bool:
         """Take the matrices that `targets` names, by what they are called."""
@@ -275,7 +283,7 @@ class IntegerMethod(WeightMethod):
         weights = finite(tensor)
         known = statistics if statistics is not None and self.calibrates() else Statistics()
         grid = self.grid_of(tensor.info, statistics.bits if statistics is not None else None)
-        codes, fit = quantise(weights, known.hessian, grid, self.damp, self.rounds())
+        codes, fit = quantise(weights, known.hessian, grid, self.damp, self.tune)
         return assemble(codes, fit, grid)
 
     @classmethod

@@ -46,10 +46,6 @@ class Int2(IntegerMethod):
         """As the option says."""
         return self.rotate
 
-    def rounds(self) -> int:
-        """As the option says."""
-        return self.tune
-
     def grid_of(self, info: TensorInfo, bits: float | None = None) -> Grid:
         """The same for every tensor."""
         return Grid(2, self.grid, self.group_size, info.dtype)

@@ -14,11 +14,8 @@ The defaults, symmetric groups of 128, are what engines have their fastest kerne
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from tcw.methods import option
 from tcw.tensor import TensorInfo
-from tcw.weights import Statistics
 from tcw.weights._integer import Grid, IntegerMethod, check_options
 from tcw.weights._linears import TARGETS
 
@@ -42,18 +39,6 @@ class Int4(IntegerMethod):
     def __post_init__(self) -> None:
         check_options(self.group_size, self.damp, self.tune)
 
-    def rounds(self) -> int:
-        """As the option says."""
-        return self.tune
-
     def grid_of(self, info: TensorInfo, bits: float | None = None) -> Grid:
         """The same for every tensor."""
         return Grid(4, self.grid, self.group_size, info.dtype)
-
-    def prescale(self, weights: list[np.ndarray], statistics: Statistics) -> np.ndarray | None:
-        """AWQ's scale of the input, with `algo=awq`."""
-        from tcw.weights._awq import input_scale
-
-        return (
-            input_scale(weights, statistics, Grid(4, self.grid, self.group_size, "F32")) if self.algo == "awq" else None
-        )

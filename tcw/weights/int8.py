@@ -9,11 +9,8 @@ bits the two differ little. `algo=awq` scales the inputs first (tcw/weights/_awq
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from tcw.methods import option
 from tcw.tensor import TensorInfo
-from tcw.weights import Statistics
 from tcw.weights._integer import Grid, IntegerMethod, check_options
 from tcw.weights._linears import TARGETS
 
@@ -39,11 +36,3 @@ class Int8(IntegerMethod):
     def grid_of(self, info: TensorInfo, bits: float | None = None) -> Grid:
         """The same for every tensor."""
         return Grid(8, self.grid, self.group_size, info.dtype)
-
-    def prescale(self, weights: list[np.ndarray], statistics: Statistics) -> np.ndarray | None:
-        """AWQ's scale of the input, with `algo=awq`."""
-        from tcw.weights._awq import input_scale
-
-        return (
-            input_scale(weights, statistics, Grid(8, self.grid, self.group_size, "F32")) if self.algo == "awq" else None
-        )

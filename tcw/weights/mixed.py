@@ -58,10 +58,6 @@ class Mixed(IntegerMethod):
         if not 2.0 <= self.bits <= 9.0:
             raise ValueError(f"bits is an average from 2 to 9, not {self.bits}")
 
-    def rounds(self) -> int:
-        """As the option says."""
-        return self.tune
-
     def allocates(self) -> bool:
         """Widths are chosen over the whole model, where it is calibrated."""
         return self.calibrates()

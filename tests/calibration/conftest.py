@@ -95,9 +95,12 @@ class Coarse(WeightMethod):
     def share_out(self, curves: list[Curve]) -> dict[str, float]:
         return {curve.name: 16.0 for curve in curves}
 
+    def prescales(self) -> bool:
+        return self.smooth
+
     def prescale(self, weights: list[np.ndarray], statistics: Statistics) -> np.ndarray | None:
         assert statistics.hessian is not None
-        return np.linspace(0.5, 2.0, weights[0].shape[1], dtype=np.float32) if self.smooth else None
+        return np.linspace(0.5, 2.0, weights[0].shape[1], dtype=np.float32)
 
 
 @pytest.fixture

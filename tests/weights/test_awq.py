@@ -66,5 +66,6 @@ def test_nothing_known_is_no_scaling(hessian: np.ndarray | None) -> None:
 def test_only_algo_awq_scales() -> None:
     weights, hessian = outliers()
     for method in (Int4, Int8):
-        assert method(algo="gptq").prescale([weights], Statistics(hessian=hessian)) is None
+        assert not method(algo="gptq").prescales()
+        assert method(algo="awq").prescales()
         assert method(algo="awq", group_size=64).prescale([weights], Statistics(hessian=hessian)) is not None
