@@ -180,14 +180,10 @@ class EcqWeight(QuantizedWeight):
 
     def __init__(self, store: Store, dtype: torch.dtype) -> None:
         """Decode the numbers. Raises FormatError."""
-        from tcw.weights import _ecq_code, _sic
-        from tcw.weights.ecq import _read_scales
+        from tcw.weights.ecq import stored
 
         super().__init__(store, dtype)
-        params, parts = dict(store.encoded.params), dict(store.encoded.parts)
-        rows, columns = _read_scales(parts.pop("scales"), parts.pop("ranges"), store.info)
-        memory = params.pop("trellis")
-        points = _sic.points(_ecq_code.decode(parts, params, *store.info.shape), memory)  # float32 [in, out]
+        points, rows, columns = stored(store.info, store.encoded)
         halves = torch.from_numpy(points).T.mul(2)  # points of a trellis lie halfway between whole numbers
         largest = float(halves.abs().max())
         kind = next(t for t in (torch.int8, torch.int16, torch.int32) if largest <= torch.iinfo(t).max)

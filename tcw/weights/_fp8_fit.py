@@ -13,10 +13,9 @@ from numba import njit
 
 from tcw.codecs.compiled import inline, kernel, readonly, spread
 from tcw.weights._fp8 import to_e4m3
-from tcw.weights._gptq import Hessian
+from tcw.weights._gptq import Hessian, sweep
 
 _STEPS = (2.0 ** (np.arange(32) / 32)).astype(np.float32)
-_BLOCK = 128
 
 
 def row_scales(values: np.ndarray, least: np.ndarray, importance: np.ndarray) -> np.ndarray:
@@ -42,22 +41,15 @@ def gptq(weights: np.ndarray, hessian: Hessian, scale: np.ndarray, span: int) ->
         scale: float32 [out, groups].
         span: columns of a group.
     """
-    order = hessian.order
-    group = (order // span).astype(np.int64)
+    group = (hessian.order // span).astype(np.int64)
+    rounded = np.empty(weights.shape, np.float32)
+
+    def settle(rows: slice, goal: np.ndarray, own: np.ndarray, errors: np.ndarray, columns: tuple[int, int]) -> None:
+        _block(goal, own, hessian.feedback, scale[rows], group, rounded[rows], errors, columns)
+
+    sweep(weights, hessian, settle)
     codes = np.empty(weights.shape, np.uint8)
-    width = weights.shape[1]
-
-    def work(first: int, last: int) -> None:
-        goal = weights[first:last, order]  # of each column: its weight and what earlier errors ask of it
-        own, rounded = goal.copy(), np.empty_like(goal)
-        errors = np.empty((last - first, _BLOCK), np.float32)
-        for start in range(0, width, _BLOCK):
-            end = min(start + _BLOCK, width)
-            _block(goal, own, hessian.feedback, scale[first:last], group, rounded, errors, (start, end))
-            goal[:, end:] += errors[:, : end - start] @ hessian.feedback[start:end, end:]
-        codes[first:last, order] = to_e4m3(rounded)
-
-    spread(work, len(weights))
+    codes[:, hessian.order] = to_e4m3(rounded)
     return codes
 
 

@@ -16,6 +16,7 @@ the squared error of rounding: R_jj² is what an error costs once later columns 
 is less than H_jj, by very different shares.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,27 +90,44 @@ def loss(errors: np.ndarray, hessian: Hessian) -> np.ndarray:
 
 def gptq(weights: np.ndarray, hessian: Hessian, fit: Fit, grid: Grid) -> np.ndarray:
     """Codes uint8 [out, in] for weights float32 [out, in] on the grid that `fit` gives."""
-    out, width = weights.shape
-    order = hessian.order
-    group = (order // grid.span(width)).astype(np.int64)
+    group = (hessian.order // grid.span(weights.shape[1])).astype(np.int64)
     scale, shift = np.ascontiguousarray(fit.scale), np.ascontiguousarray(fit.shift(grid.kind))
-    goal = weights[:, order]  # of each column: its weight and what earlier errors ask of it
-    own, ordered = goal.copy(), np.empty(goal.shape, np.uint8)
-    errors = np.empty((out, _BLOCK), np.float32)
+    ordered = np.empty(weights.shape, np.uint8)
+
+    def settle(rows: slice, goal: np.ndarray, own: np.ndarray, errors: np.ndarray, columns: tuple[int, int]) -> None:
+        _block(
+            goal, own, hessian.feedback, (scale[rows], shift[rows], group), ordered[rows], errors, columns, grid.top
+        )  # fmt: skip
+
+    sweep(weights, hessian, settle)
+    codes = np.empty(weights.shape, np.uint8)
+    codes[:, hessian.order] = ordered
+    return codes
+
+
+Settle = Callable[[slice, np.ndarray, np.ndarray, np.ndarray, tuple[int, int]], None]
+
+
+def sweep(weights: np.ndarray, hessian: Hessian, settle: Settle) -> None:
+    """Go over the columns of weights float32 [out, in] in the Hessian's order, block by block.
+
+    `settle(rows, goal, own, errors, columns)` rounds a block of columns in some rows. It gets those rows of `goal`
+    (each weight and what earlier errors ask of it; it adds to the columns of the block what their own errors ask) and
+    of `own` (the weights), both in the Hessian's order, and writes what it missed of `own` to `errors` [rows, block].
+    """
+    width = weights.shape[1]
+    goal = weights[:, hessian.order]
+    own, errors = goal.copy(), np.empty((len(weights), _BLOCK), np.float32)
     for start in range(0, width, _BLOCK):
         columns = start, min(start + _BLOCK, width)
 
         def work(first: int, last: int, columns: tuple[int, int] = columns) -> None:
             rows = slice(first, last)
-            levels = scale[rows], shift[rows], group
-            _block(goal[rows], own[rows], hessian.feedback, levels, ordered[rows], errors[rows], columns, grid.top)
+            settle(rows, goal[rows], own[rows], errors[rows], columns)
 
-        spread(work, out)
+        spread(work, len(weights))
         # not in `work`: a matrix product uses all cores itself, and two that do so at once hinder each other
         goal[:, columns[1] :] += errors[:, : columns[1] - start] @ hessian.feedback[start : columns[1], columns[1] :]
-    codes = np.empty((out, width), np.uint8)
-    codes[:, order] = ordered
-    return codes
 
 
 @kernel

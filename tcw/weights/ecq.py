@@ -185,24 +185,31 @@ class Ecq(WeightMethod):
     @classmethod
     def decode(cls, info: TensorInfo, encoded: Encoded) -> TensorData:
         """Turn the parts back into the tensor. Raises FormatError when they do not fit `info`."""
-        from tcw.weights import _ecq_code, _sic
+        values, rows, columns = stored(info, encoded)
+        values *= columns[:, None]
+        values *= rows
+        return TensorData.of_floats(info, values.T)
 
-        try:
-            if len(info.shape) != 2:
-                raise FormatError("ecq: not a matrix")
-            params = dict(encoded.params)
-            memory = params.pop("trellis", None)
-            if isinstance(memory, bool) or memory not in MEMORIES:
-                raise FormatError(f"ecq: `trellis` cannot be `{memory}`")
-            parts = dict(encoded.parts)
-            rows, columns = _read_scales(parts.pop("scales", None), parts.pop("ranges", None), info)
-            labels = _ecq_code.decode(parts, params, *info.shape)
-            values = _sic.points(labels, memory)
-            values *= columns[:, None]
-            values *= rows
-            return TensorData.of_floats(info, values.T)
-        except FormatError as error:
-            raise FormatError(f"tensor `{info.name}`: {error.message}", error.hint) from None
+
+def stored(info: TensorInfo, encoded: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a tensor is made of: points float32 [in, out], scales of rows float32 [out] and of columns float32 [in].
+
+    Points are multiples of a half. Raises FormatError when the parts do not fit `info`.
+    """
+    from tcw.weights import _ecq_code, _sic
+
+    try:
+        if len(info.shape) != 2:
+            raise FormatError("ecq: not a matrix")
+        params = dict(encoded.params)
+        memory = params.pop("trellis", None)
+        if isinstance(memory, bool) or memory not in MEMORIES:
+            raise FormatError(f"ecq: `trellis` cannot be `{memory}`")
+        parts = dict(encoded.parts)
+        rows, columns = _read_scales(parts.pop("scales", None), parts.pop("ranges", None), info)
+        return _sic.points(_ecq_code.decode(parts, params, *info.shape), memory), rows, columns
+    except FormatError as error:
+        raise FormatError(f"tensor `{info.name}`: {error.message}", error.hint) from None
 
 
 def _overhead(shape: tuple[int, ...]) -> float:
