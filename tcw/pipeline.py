@@ -212,8 +212,7 @@ def _rotated(source: Source, steps: tuple[Step, ...], *, check: bool) -> tuple[S
     """
     if not any(_weight_method(step).rotates() for step in steps):
         return source, ()
-    from tcw.calibration._residual import CannotRotate
-    from tcw.calibration.rotation import RotatedSource, verify_rotation
+    from tcw.calibration.rotation import CannotRotate, RotatedSource, verify_rotation
 
     try:
         rotated = RotatedSource(source)

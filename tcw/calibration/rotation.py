@@ -29,6 +29,8 @@ from tcw.errors import FormatError, SourceError, UsageError
 from tcw.source import Source
 from tcw.tensor import TensorData, TensorInfo
 
+__all__ = ["CannotRotate", "RotatedSource", "verify_rotation"]
+
 _KIND = "hadamard"
 _CHUNK = 2**20  # weights in float64 at once
 _MAX_SEED = 2**63

@@ -20,7 +20,7 @@ import torch
 
 from tcw.calibration.activations import Activations
 from tcw.calibration.blocks import BlockModel, Place
-from tcw.calibration.watch import Covariance, Site, Watch
+from tcw.calibration.watch import Covariance, Site, Watch, stages
 from tcw.events import Progress, Report
 from tcw.tensor import TensorData
 from tcw.weights import Curve, Statistics, WeightMethod
@@ -96,29 +96,26 @@ def members(model: BlockModel, site: Site) -> list[Place]:
 def _forward(
     model: BlockModel, k: int, ids: torch.Tensor, states: list[Activations], wants: Wants, found: Survey
 ) -> None:
-    block = model.block(k)
-    seen: dict[tuple[int, torch.Size], Covariance] = {}
-    of_site: dict[Site, Covariance] = {}
-    inputs: list[torch.Tensor] = []
+    block, parameters = model.block(k), model.parameters_of(k)
+    found_stages = stages(lambda: model.run(k, block, states[k][0]), parameters)
+    groups = [[s for s in g.sites if _wanted(model, s, wants)] for stage in found_stages for g in stage.groups]
+    sums = {sites[0]: Covariance() for sites in groups if sites}  # products of a group share their input
 
     def note(site: Site, x: torch.Tensor, _: torch.Tensor) -> None:
-        if not any(wants(place.tensor) for place in members(model, site)):
-            return
-        if site not in of_site:
-            inputs.append(x)  # keeps it, so that no other input takes its place in memory
-            shared = seen.setdefault((x.data_ptr(), x.shape), Covariance())
-            of_site[site] = shared if site.expert is None else Covariance()
-        first = next(s for s, c in of_site.items() if c is of_site[site])
-        if site == first:  # products that share an input share the sum
-            of_site[site].add(x)
+        if site in sums:
+            sums[site].add(x)
 
-    with Watch(model.parameters_of(k), note):
+    with Watch(parameters, note):
         for b in range(len(ids)):
             states[k + 1][b] = model.run(k, block, states[k][b])
-            inputs.clear()
-    for site, covariance in of_site.items():
-        _probe(model, site, covariance, wants, found)
+    for sites in filter(None, groups):
+        for site in sites:
+            _probe(model, site, sums[sites[0]], wants, found)
     model.release(k)
+
+
+def _wanted(model: BlockModel, site: Site, wants: Wants) -> bool:
+    return any(wants(place.tensor) for place in members(model, site))
 
 
 def _probe(model: BlockModel, site: Site, covariance: Covariance, wants: Wants, found: Survey) -> None:
@@ -175,7 +172,7 @@ def _back(
     block, squares = model.block(k), _Squares()
 
     def note(site: Site, _: torch.Tensor, y: torch.Tensor) -> None:
-        if any(wants(place.tensor) for place in members(model, site)):
+        if _wanted(model, site, wants):
             squares.follow(site, y)
 
     for b in range(len(states)):

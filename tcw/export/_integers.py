@@ -4,12 +4,16 @@ from typing import Any
 
 import numpy as np
 
+from tcw.artifact import RAW, method_class
 from tcw.errors import FormatError
 from tcw.tensor import TensorInfo
 from tcw.weights import Encoded
-from tcw.weights._integer import GRIDS, SCALE_TYPES, Grid, open_parts
+from tcw.weights._integer import GRIDS, SCALE_TYPES, Grid, IntegerMethod, open_parts
 
-METHODS = ("int8", "int4", "int2", "mixed")
+
+def made_by(method: str) -> bool:
+    """Say whether a method stores integers of this form."""
+    return method != RAW and issubclass(method_class(method), IntegerMethod)
 
 
 def grid_of(info: TensorInfo, params: dict[str, Any]) -> Grid:

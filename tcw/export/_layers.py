@@ -6,7 +6,6 @@ plain, one tensor in memory at a time.
 """
 
 import json
-import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,13 @@ import numpy as np
 
 from tcw.artifact import RAW, Artifact, Entry
 from tcw.errors import SourceError, UsageError
-from tcw.events import Progress, Report
-from tcw.export.hf import copy_side_files
-from tcw.safetensors_file import StreamWriter, header_bound
+from tcw.events import Report
+from tcw.export._shards import Job, write_shards
+from tcw.export.hf import copy_side_files, plain
 from tcw.source import Source
 from tcw.sources.skeleton import Skeleton, of_folder
 from tcw.tensor import TensorInfo
 from tcw.weights import Encoded
-
-_METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
@@ -136,20 +133,6 @@ def _plain_modules(skeleton: Skeleton, source: Source, layers: dict[str, Layer])
     return list(dict.fromkeys([*plain, *map(module_of, others)]))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Tensors that are written together, and how many bytes of the model they stand for."""
-
-    name: str
-    infos: list[TensorInfo]
-    make: Callable[[], list[np.ndarray]]
-    covers: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return sum(info.nbytes for info in self.infos)
-
-
 def write_model(
     plan: Plan, folder: Path, progress: Report, shard_gb: float, config: dict[str, Any], extra: dict[str, float]
 ) -> None:
@@ -163,59 +146,24 @@ def write_model(
         config: the `quantization_config` of config.json.
         extra: scales to add, each a tensor F32 [1].
     """
-    if not 0 < shard_gb < math.inf:
-        raise UsageError(f"`shard_gb` must be a size above 0, got `{shard_gb}`")
     copy_side_files(plan.source, folder)
     whole = {**plan.source.config, "quantization_config": config}
     (folder / "config.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    shards = _shards(_jobs(plan, extra), int(shard_gb * 1e9))
-    total, done = sum(job.covers for shard in shards for job in shard), 0
-    where: dict[str, str] = {}
-    for k, shard in enumerate(shards, 1):
-        file = f"model-{k:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        infos = [info for job in shard for info in job.infos]
-        with StreamWriter(folder / file, header_bound(infos, _METADATA), _METADATA) as writer:
-            for job in shard:
-                for info, data in zip(job.infos, job.make(), strict=True):
-                    writer.append(info, data)
-                done += job.covers
-                progress(Progress("export", done, total, "bytes", job.name))
-        where |= dict.fromkeys((info.name for info in infos), file)
-    if len(shards) > 1:
-        size = sum(job.nbytes for shard in shards for job in shard)
-        index = {"metadata": {"total_size": size}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_shards(_jobs(plan, extra), folder, progress, shard_gb)
 
 
-def _jobs(plan: Plan, extra: dict[str, float]) -> list[_Job]:
+def _jobs(plan: Plan, extra: dict[str, float]) -> list[Job]:
     """Everything there is to write, in the order of the artifact."""
     jobs = [_scale(name, value) for name, value in extra.items()]
     for name, info in plan.source.tensors().items():
         layer = plan.layers.get(name)
-        jobs.append(_coded(plan.source, info, layer) if layer else _plain(plan.source, info))
+        jobs.append(_coded(plan.source, info, layer) if layer else plain(plan.source, info))
     return jobs
 
 
-def _scale(name: str, value: float) -> _Job:
-    return _Job(name, [TensorInfo(name, "F32", (1,))], lambda: [np.array([value], np.float32)])
+def _scale(name: str, value: float) -> Job:
+    return Job(name, [TensorInfo(name, "F32", (1,))], lambda: [np.array([value], np.float32)])
 
 
-def _coded(source: Artifact, info: TensorInfo, layer: Layer) -> _Job:
-    return _Job(info.name, layer.infos, lambda: layer.make(source.encoded(info.name)), info.nbytes)
-
-
-def _plain(source: Artifact, info: TensorInfo) -> _Job:
-    return _Job(info.name, [info], lambda: [source.read(info.name).data], info.nbytes)
-
-
-def _shards(jobs: list[_Job], limit: int) -> list[list[_Job]]:
-    """Divide jobs, in order, into files of at most `limit` bytes; a larger one has a file to itself."""
-    shards: list[list[_Job]] = [[]]
-    size = 0
-    for job in jobs:
-        if shards[-1] and size + job.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(job)
-        size += job.nbytes
-    return shards
+def _coded(source: Artifact, info: TensorInfo, layer: Layer) -> Job:
+    return Job(info.name, layer.infos, lambda: layer.make(source.encoded(info.name)), info.nbytes)

@@ -122,7 +122,7 @@ def _config(plan: Plan, manifest: dict[str, Any]) -> dict[str, Any]:
 def _choose(source: Artifact, info: TensorInfo, entry: Entry) -> Layer | str:
     if entry.method == "fp8":
         return _fp8(info, entry.params)
-    if entry.method in _integers.METHODS:
+    if _integers.made_by(entry.method):
         return _integer(info, entry.params)
     return f"the format has nothing like {entry.method}"
 

@@ -85,7 +85,7 @@ def write(
 
 
 def _layer(source: Artifact, info: TensorInfo, entry: Entry, less: int) -> Layer | str:
-    if entry.method not in _integers.METHODS:
+    if not _integers.made_by(entry.method):
         return f"the format has nothing like {entry.method}"
     grid = _integers.grid_of(info, entry.params)
     if why := _unfit(grid, info) or _uneven(source, info, entry, grid, less):
@@ -137,7 +137,7 @@ def _uneven(source: Artifact, info: TensorInfo, entry: Entry, grid: Grid, less: 
 def _has_zero_zeros(source: Artifact) -> bool:
     for name, info in source.tensors().items():
         entry = source.entry(name)
-        if entry.method in _integers.METHODS:
+        if _integers.made_by(entry.method):
             grid = _integers.grid_of(info, entry.params)
             if not _unfit(grid, info) and _lowest_zero(source, info, entry, grid) == 0:
                 return True

@@ -26,10 +26,12 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, pad
 
+from tcw.artifact import method_class
 from tcw.errors import FormatError
 from tcw.kernels.int_matmul import Weight, int_matmul, layout_of, repack, turned
 from tcw.runtime.packed import Store
 from tcw.weights import Encoded
+from tcw.weights._integer import IntegerMethod, unpack_flat
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = 448.0  # of E4M3
@@ -204,20 +206,21 @@ class EcqWeight(QuantizedWeight):
         return linear(x, self.dense(), bias)
 
 
-_KINDS: dict[str, Any] = {
-    "int8": IntegerWeight, "int4": IntegerWeight, "int2": IntegerWeight, "mixed": IntegerWeight,
-    "fp8": Fp8Weight, "ecq": EcqWeight,
-}  # fmt: skip
+def _kind(method: str) -> Any:
+    """The form of a method's weights; None where it has none."""
+    if issubclass(method_class(method), IntegerMethod):
+        return IntegerWeight
+    return {"fp8": Fp8Weight, "ecq": EcqWeight}.get(method)
 
 
 def has_form(method: str, device: torch.device) -> bool:
     """Say whether weights of a method (its canonical name) have a form of their own on a device."""
-    return method in _KINDS and not (method == "ecq" and device.type == "cpu")
+    return _kind(method) is not None and not (method == "ecq" and device.type == "cpu")
 
 
 def build(method: str, store: Store, dtype: torch.dtype, *, quantize_activations: bool) -> QuantizedWeight:
     """Make the form in memory of a stored weight, on the CPU. Raises FormatError."""
-    kind = _KINDS[method]
+    kind = _kind(method)
     return kind(store, dtype, **({"quantize_activations": quantize_activations} if kind is Fp8Weight else {}))
 
 
@@ -239,8 +242,6 @@ def _scales(part: np.ndarray) -> torch.Tensor:
 
 def _zeros(encoded: Encoded, shape: tuple[int, int]) -> torch.Tensor | None:
     """Zero points, uint8 [out, groups] from their packed form, or values of code 0."""
-    from tcw.weights._integer import unpack_flat
-
     part, bits = encoded.parts.get("zero"), encoded.params["bits"]
     if part is None or encoded.params["grid"] == "float":
         return None if part is None else _scales(part)

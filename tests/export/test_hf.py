@@ -10,7 +10,7 @@ from safetensors import safe_open
 from tcw import export as exporting
 from tcw import pipeline, recipe
 from tcw.errors import UsageError
-from tcw.export import hf
+from tcw.export._shards import split
 from tcw.source import open_source
 from tcw.tensor import TensorInfo
 
@@ -87,7 +87,7 @@ def test_sharding_again_removes_the_old_index(tiny_llama: Path, tmp_path: Path) 
 ])  # fmt: skip
 def test_splitting(sizes: list[int], limit: int, expected: list[list[int]]) -> None:
     infos = [TensorInfo(str(k), "U8", (size,)) for k, size in enumerate(sizes)]
-    shards = hf.split(infos, limit)
+    shards = split(infos, limit)
     assert [[i.nbytes for i in shard] for shard in shards] == expected
     assert [i for shard in shards for i in shard] == infos
 
