@@ -19,7 +19,7 @@ this call included, D head_dim.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from tcw.methods import Method
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tcw.kv.rope import Rope
     from tcw.kv.stores import Store
 
-ENGINE = ("attention", "cache", "calibrate", "groups", "layer", "plan", "policy", "rope", "stores")
+ENGINE = ("attention", "cache", "calibrate", "groups", "layer", "masks", "plan", "policy", "rope", "shapes", "stores")
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,7 @@ class KVMethod(Method):
     family: ClassVar[str] = "kv"
     needs_rope: ClassVar[bool] = False
     reindexes: ClassVar[bool] = False  # keys are rotated to their place in the cache, not in the text, when read
+    wraps: ClassVar[bool] = False  # `store` wraps what other methods chose, and goes with any of them
 
     sinks: int = 0  # first tokens that stay exact and are never forgotten
     window: int = 0  # newest tokens, likewise
@@ -199,7 +200,3 @@ class KVMethod(Method):
     def calibrate(self, session: "Session") -> "dict[str, Tensor]":
         """Measure on the model what the method needs: small tensors that are stored in the artifact."""
         return {}
-
-    def predict_options(self) -> dict[str, Any]:
-        """The options, for a plan."""
-        return self.options()

@@ -77,9 +77,11 @@ class Store:
 
 
 def pick(held: Tensor, index: Tensor) -> Tensor:
-    """Take tokens `index` [B, 1 or G, m] of `held` [B, G, n, ...]: a copy [B, G, m, ...]."""
-    index = index.expand(-1, held.shape[1], -1)
-    return held.gather(2, index.reshape(*index.shape, *[1] * (held.dim() - 3)).expand(-1, -1, -1, *held.shape[3:]))
+    """Take tokens `index` [B or 1, G or 1, m] of `held` [B or 1, G or 1, n, ...]: a copy [B, G, m, ...]."""
+    rows, heads = max(held.shape[0], index.shape[0]), max(held.shape[1], index.shape[1])
+    rest = held.shape[3:]
+    index = index.reshape(*index.shape, *[1] * len(rest)).expand(rows, heads, -1, *rest)
+    return held.expand(rows, heads, *held.shape[2:]).gather(2, index)
 
 
 class DenseStore(Store):
