@@ -23,8 +23,9 @@ from tcw.tensor import MAX_DIMS, PART_DTYPES, TensorData, TensorInfo
 from tcw.weights import Encoded, WeightMethod
 
 MANIFEST = "tcw.json"
-FORMAT = "1.1"
+FORMAT = "1.2"
 QUANT_METHOD = "tcw"
+POLICIES = "policies/"  # the folder of what policies measured
 RAW, SAME = "raw", "same"  # entries that no method made: stored as it was; stored once under another name
 _MAX_MANIFEST = 1 << 30
 _PART_KINDS = {kind: numpy_name for numpy_name, kind in PART_DTYPES.items()}
@@ -168,9 +169,10 @@ class Artifact(Source):
         return TensorData(TensorInfo(name, whole.info.dtype, (count,)), whole.data[: count * whole.info.bits // 8])
 
     def side_files(self) -> list[Path]:
-        """Everything but weights, index and manifest, relative to the folder."""
+        """Everything but weights, index, manifest and what policies measured, relative to the folder."""
         weights = (".safetensors", ".safetensors.index.json")
-        return [Path(n) for n in sorted(self._listed) if "/" in n or not n.endswith(weights)]
+        sides = [n for n in sorted(self._listed) if not n.startswith(POLICIES)]
+        return [Path(n) for n in sides if "/" in n or not n.endswith(weights)]
 
     def tensor_bytes(self, name: str) -> int:
         """Bytes that one tensor takes: its parts, or itself when raw; 0 for an alias."""

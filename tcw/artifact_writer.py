@@ -65,6 +65,7 @@ class Stored:
 
 
 PartNames = Callable[[TensorInfo], Iterable[str]]
+StorePolicies = Callable[[Artifact], list[dict[str, Any]]]  # writes files into the folder, returns manifest entries
 
 
 class ArtifactWriter:
@@ -236,10 +237,16 @@ class ArtifactWriter:
             else:
                 self._writer = StreamWriter(path, self._room[k], _METADATA)
 
-    def finish(self, source_hashes: dict[str, str], calibration: dict[str, Any] | None = None) -> Path:
+    def finish(
+        self,
+        source_hashes: dict[str, str],
+        calibration: dict[str, Any] | None = None,
+        policies: StorePolicies | None = None,
+    ) -> Path:
         """Write index, config, side files and manifest, and rename the folder into place.
 
         `calibration` is what the manifest says of the text and of what fell short; `kv_scales` in it stands by itself.
+        `policies` gets the artifact as it will be but for them.
         """
         if missing := [info.name for info in self.order if info.name not in self.entries]:
             raise FormatError(f"tensor `{missing[0]}` was never written")
@@ -249,20 +256,32 @@ class ArtifactWriter:
         with writing(self._folder):
             shutil.rmtree(self.scratch, ignore_errors=True)
             self._write_sides()
-            files = {p.relative_to(self._folder).as_posix(): p for p in sorted(self._folder.rglob("*")) if p.is_file()}
-            for own in (_JOURNAL, MARK):
-                files.pop(own)
-            manifest = self._manifest(source_hashes, {n: self._facts(n, p) for n, p in files.items()})
+            manifest = self._manifest(source_hashes, self._files())
             said = dict(calibration or {})
             scales = said.pop("kv_scales", {})
             rare = {"transforms": list(self._source.transforms), "kv_scales": scales, "calibration": said}
             manifest |= {key: value for key, value in rare.items() if value}
-            (self._folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
-            Artifact(self._folder)  # what cannot be opened again must not look finished
+        artifact = self._checked(manifest)
+        if policies is not None:
+            manifest["policies"] = policies(artifact)
+            manifest["files"] = self._files()
+            self._checked(manifest)
+        with writing(self._folder):
             self._journal.close()
             (self._folder / _JOURNAL).unlink()
             publish(self._out)
         return self._out
+
+    def _files(self) -> dict[str, Any]:
+        """Bytes and SHA-256 of every file of the artifact but the manifest."""
+        files = {p.relative_to(self._folder).as_posix(): p for p in sorted(self._folder.rglob("*")) if p.is_file()}
+        return {name: self._facts(name, p) for name, p in files.items() if name not in (_JOURNAL, MARK, MANIFEST)}
+
+    def _checked(self, manifest: dict[str, Any]) -> Artifact:
+        """Write the manifest and open what there is: what cannot be opened again must not look finished."""
+        with writing(self._folder):
+            (self._folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
+        return Artifact(self._folder)
 
     def _facts(self, name: str, path: Path) -> dict[str, Any]:
         known = self._file_hashes.get(name)

@@ -3,6 +3,7 @@
     rotate, calibrate             where a method asks for it: block by block, results on the disk
     read ─► hash ─► encode        in workers, several tensors at once, never more than a window of bytes
                       └─► write   here, in the source's order
+    policies                      what applies at run time (KV cache), calibrated on the weights as they are by then
 
 A tensor that calibration has coded already is only taken over. The unit of work is `compress_tensor`, a plain function
 of plain arguments, so threads, processes or a cluster are a choice of executor. Memory is bounded by the window and the
@@ -23,13 +24,14 @@ from threading import Thread, Timer
 from typing import TYPE_CHECKING, Any
 
 from tcw.artifact import RAW, SAME, file_sha256
-from tcw.artifact_writer import ArtifactWriter, Stored
+from tcw.artifact_writer import ArtifactWriter, Stored, StorePolicies
 from tcw.calibration import Settings
 from tcw.calibration.store import NOTHING, Calibrated
 from tcw.cores import cores
 from tcw.errors import ResourceError, SourceError, UsageError
 from tcw.events import Progress, Report, silent
 from tcw.memory import peak_memory, peak_of
+from tcw.methods import family_of
 from tcw.recipe import Recipe, Step
 from tcw.source import Source
 from tcw.tensor import TensorInfo
@@ -38,9 +40,11 @@ from tcw.window import in_order
 
 if TYPE_CHECKING:
     from tcw.calibration.run import Inputs
+    from tcw.kv.plan import Plan as KVPlan
 
 _GRACE = 5.0  # seconds
 _SAMPLE_BYTES = 64 << 20  # a plan looks at this much of a tensor
+KV_CONTEXT = 4096  # tokens that a plan counts the bytes of
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     peak_memory_bytes: int
     calibration: dict[str, Any] | None = None  # what it would take (tcw/calibration/run.py), None without
+    kv: "KVPlan | None" = None  # what its KV policy would hold of KV_CONTEXT tokens
 
     @property
     def original_bytes(self) -> int:
@@ -123,20 +128,29 @@ def compress_tensor(source: Source, name: str, steps: tuple[Step, ...], calibrat
 
 def plan(source: Source, recipe: Recipe, *, calibration: Settings | None = None, progress: Report = silent) -> Plan:
     """Predict what `compress` would write, from the tensors' real bits (large ones sampled), writing nothing."""
-    _check(source, recipe)
-    source, _ = _rotated(source, recipe.steps, check=False)
+    steps, policies = _check(source, recipe)
+    source, _ = _rotated(source, steps, check=False)
     infos = source.tensors()
     total, done = sum(i.nbytes for i in infos.values()), 0
     planned = []
     with _executor(0) as pool:
-        for result in pool.map(lambda info: _plan_tensor(source, info, recipe.steps), infos.values()):
+        for result in pool.map(lambda info: _plan_tensor(source, info, steps), infos.values()):
             planned.append(result)
             done += result.info.nbytes
             progress(Progress("plan", done, total, "bytes", result.info.name))
     largest = max((i.nbytes for i in infos.values()), default=0)
-    needs = _needs(source, recipe.steps, calibration or Settings())
+    needs = _needs(source, steps, calibration or Settings())
     walk = sum(needs[k] for k in ("bytes_block", "bytes_activations")) if needs else 0
-    return Plan(recipe, tuple(planned), (1 << 30) + max(2 * largest, walk), needs)
+    held = _kv_plan(source, policies)
+    return Plan(recipe, tuple(planned), (1 << 30) + max(2 * largest, walk), needs, held)
+
+
+def _kv_plan(source: Source, policies: tuple[Step, ...]) -> "KVPlan | None":
+    if not policies:
+        return None
+    from tcw.kv import passes
+
+    return passes.plan(source, policies, KV_CONTEXT)
 
 
 def _plan_tensor(source: Source, info: TensorInfo, steps: tuple[Step, ...]) -> PlannedTensor:
@@ -179,26 +193,38 @@ def compress(
         SourceError: the model is damaged, or changed while it was read; it has no tokenizer to calibrate with.
         ResourceError: no space or no memory left; `resume` goes on.
     """
-    _check(source, recipe)
-    start = time.monotonic()
-    source, notes = _rotated(source, recipe.steps, check=True)
-    inputs = _inputs(source, recipe.steps, calibration or Settings())  # what is wrong with them shows before the work
-    writer = ArtifactWriter(source, recipe.to_json(), out, _part_names(recipe.steps), force=force, resume=resume)
+    steps, policies = _check(source, recipe)
+    start, settings = time.monotonic(), calibration or Settings()
+    source, notes = _rotated(source, steps, check=True)
+    inputs = _inputs(source, steps, settings)  # what is wrong with them shows before the work
+    store_policies = _policies(source, policies, settings)
+    writer = ArtifactWriter(source, recipe.to_json(), out, _part_names(steps), force=force, resume=resume)
     hasher = ThreadPoolExecutor(1)
     try:
         hashes = {path.name: hasher.submit(file_sha256, path) for path in source.weight_files()}
-        calibrated = _calibrated(source, recipe.steps, writer.scratch, inputs, resume, progress)
-        with closing(_results(source, recipe, writer, calibrated, workers, progress)) as results:
+        calibrated = _calibrated(source, steps, writer.scratch, inputs, resume, progress)
+        with closing(_results(source, steps, writer, calibrated, workers, progress)) as results:
             for stored in results:
                 writer.add(stored)
         source_hashes = {name: future.result() for name, future in hashes.items()}
         source.check_unchanged()
         notes = (*notes, *calibrated.notes)
-        artifact = writer.finish(source_hashes, {**calibrated.facts, "notes": list(notes)} if calibrated.facts else {})
+        facts = {**calibrated.facts, "notes": list(notes)} if calibrated.facts else {}
+        artifact = writer.finish(source_hashes, facts, store_policies)
     finally:
         hasher.shutdown(wait=False, cancel_futures=True)
         writer.close()
     return _report(source, recipe, writer, artifact, time.monotonic() - start, workers, notes)
+
+
+def _policies(source: Source, policies: tuple[Step, ...], settings: Settings) -> StorePolicies | None:
+    """What stores the policies once the weights are written; their text is read now, so that a bad one shows early."""
+    if not policies:
+        return None
+    from tcw.kv import passes
+
+    tokens = passes.calibration_tokens(source, policies, settings)
+    return lambda artifact: passes.write(artifact, policies, tokens, settings.device)
 
 
 def _calibrates(steps: tuple[Step, ...]) -> bool:
@@ -249,19 +275,27 @@ def _needs(source: Source, steps: tuple[Step, ...], settings: Settings) -> dict[
     return run.needs(source, steps, settings)
 
 
-def _check(source: Source, recipe: Recipe) -> None:
+def _check(source: Source, recipe: Recipe) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """The steps for weights and those that are KV policies. Raises SourceError, UsageError for what cannot be done."""
     if source.quantized_by:
         raise SourceError(
             f"`{source.id}` is already quantised by {source.quantized_by}", "start from the original model"
         )
-    for step in recipe.steps:
+    policies = tuple(step for step in recipe.steps if family_of(step.method) == "kv")
+    steps = tuple(step for step in recipe.steps if step not in policies)
+    for step in steps:
         _weight_method(step)
+    if policies:
+        from tcw.kv import passes
+
+        passes.outlined(source, policies)
+    return steps, policies
 
 
 def _weight_method(step: Step) -> WeightMethod:
     method = step.build()
     if not isinstance(method, WeightMethod):
-        raise UsageError(f"`{step.method}` is not a method for weights")
+        raise UsageError(f"`{step.method}` is neither a method for weights nor a KV policy")
     return method
 
 
@@ -276,7 +310,7 @@ def _part_names(steps: tuple[Step, ...]) -> Any:
 
 
 def _results(
-    source: Source, recipe: Recipe, writer: ArtifactWriter, calibrated: Calibrated, workers: int, progress: Report
+    source: Source, steps: tuple[Step, ...], writer: ArtifactWriter, calibrated: Calibrated, workers: int, progress: Report
 ) -> Generator[Stored, None, None]:
     """Compress what is left to do, some tensors at once, and give the results in order."""
     total = sum(i.nbytes for i in writer.order)
@@ -285,7 +319,7 @@ def _results(
     pool = _executor(workers)
 
     def submit(info: TensorInfo) -> Future[Stored]:
-        return pool.submit(compress_tensor, source, info.name, recipe.steps, calibrated)
+        return pool.submit(compress_tensor, source, info.name, steps, calibrated)
 
     try:
         with closing(in_order(pool, todo, submit)) as results:

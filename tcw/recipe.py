@@ -107,7 +107,7 @@ def stated_limits(steps: tuple[Step, ...]) -> dict[str, float]:
     A method states them as `limits`, a dict or, where options count, a property. Of what the model says, the loosest
     holds, and only where no lossy method is silent about it. Bits per weight are the first step's own.
     """
-    built = [step.build() for step in steps]
+    built = [step.build() for step in steps if methods.family_of(step.method) == "weights"]
     lossy = [dict(getattr(method, "limits", {})) for method in built if not method.lossless]
     merged: dict[str, float] = {}
     for name in LIMITS:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tcw.kv.rope import Rope
     from tcw.kv.stores import Store
 
-ENGINE = ("attention", "cache", "calibrate", "groups", "layer", "masks", "plan", "policy", "rope", "shapes", "stores")
+ENGINE = ("attention", "cache", "calibrate", "groups", "layer", "masks", "passes", "plan", "policy", "rope", "shapes", "stored", "stores")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ class Scorer:
 class KVMethod(Method):
     """A method that changes what a layer holds of its keys and values. Give any of `scorer`, `groups` and `store`.
 
-    `tensors` are what `calibrate` returned, on the layer's device; {} for a method that does not calibrate.
+    `tensors` are what `calibrate` returned, on the layer's device (for `groups` on the CPU); {} for a method that does not
+    calibrate.
     """
 
     family: ClassVar[str] = "kv"
@@ -199,4 +200,8 @@ class KVMethod(Method):
 
     def calibrate(self, session: "Session") -> "dict[str, Tensor]":
         """Measure on the model what the method needs: small tensors that are stored in the artifact."""
+        return {}
+
+    def outline(self, layers: tuple[LayerShape, ...]) -> "dict[str, Tensor]":
+        """Tensors with the names and shapes of those that `calibrate` would return, any values: for plans before it."""
         return {}

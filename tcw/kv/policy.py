@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from tcw.kv.plan import Plan, plan
 from tcw.kv.shapes import shapes_of
 from tcw.kv.stores import DenseStore, Store
 from tcw.kv.streaming_llm import Recency
+
+if TYPE_CHECKING:
+    from tcw.artifact import Artifact
 
 Tensors = dict[str, dict[str, Tensor]]  # by method, by name
 
@@ -60,6 +63,13 @@ class Policy:
         policy = cls(named(specs), shapes_of(model))
         return calibrated(policy, model, tokens, seed)
 
+    @classmethod
+    def of_artifact(cls, artifact: "Artifact", model: Any) -> "Policy | None":
+        """The KV policy that an artifact stores, for the model loaded from it (tcw/kv/stored.py)."""
+        from tcw.kv.stored import of_artifact
+
+        return of_artifact(artifact, model)
+
     def everything(self) -> "Policy":
         """The same engine for the same model, forgetting nothing and rounding nothing: to test the engine by."""
         return Policy({"everything": _Everything()}, self.layers)
@@ -85,20 +95,20 @@ class Policy:
         """One layer of a cache, empty."""
         return PolicyLayer(lambda device: [HeadGroup(p) for p in self._parts(layer, device, track)])
 
-    def groups(self, layer: LayerShape, device: torch.device | None = None) -> tuple[Group, ...]:
+    def groups(self, layer: LayerShape) -> tuple[Group, ...]:
         """How the heads of a layer are divided: by the method that limits tokens; else they are all together."""
         name, method = self._allocator()
-        found = method.groups(layer, self._on(name, device)) if method else None
+        found = method.groups(layer, self.tensors.get(name, {})) if method else None
         return found or (Group(tuple(range(layer.kv_heads))),)
 
     def _allocator(self) -> tuple[str, KVMethod | None]:
         return next(((n, m) for n, m in self.methods.items() if _allocates(m)), ("", None))
 
-    def _on(self, name: str, device: torch.device | None) -> dict[str, Tensor]:
-        return {k: t if device is None else t.to(device) for k, t in self.tensors.get(name, {}).items()}
+    def _on(self, name: str, device: torch.device) -> dict[str, Tensor]:
+        return {key: tensor.to(device) for key, tensor in self.tensors.get(name, {}).items()}
 
     def _parts(self, layer: LayerShape, device: torch.device, track: bool) -> list[GroupParts]:
-        groups = self.groups(layer, device)
+        groups = self.groups(layer)
         methods = list(self.methods.values())
         rope = layer.rope.to(device) if layer.rope else None
         here = LayerShape(**{**vars(layer), "rope": rope})
@@ -135,9 +145,14 @@ class Policy:
             make = method.store(layer, group, self._on(name, device), make) or make
         return make
 
+    def outlined(self) -> "Policy":
+        """The policy with tensors that have only the shape of what calibration will find: enough for a plan."""
+        blank = {n: m.outline(self.layers) for n, m in self.methods.items() if m.needs_calibration}
+        return Policy(self.methods, self.layers, {**blank, **self.tensors})
+
     def plan(self, context: int, batch: int = 1, dtype: torch.dtype | None = None) -> Plan:
         """What a cache will hold of `context` tokens (tcw/kv/plan.py)."""
-        return plan(self, context, batch, dtype)
+        return plan(self.outlined(), context, batch, dtype)
 
     def fingerprint(self, model: Any) -> str:
         """What ties calibrated tensors to a model: its layers, their RoPE, and its norms, as SHA-256."""
@@ -188,7 +203,8 @@ def _check(methods: dict[str, KVMethod], layers: tuple[LayerShape, ...]) -> None
     for name, method in methods.items():
         if (method.needs_rope or method.reindexes) and any(layer.rope is None for layer in layers):
             raise UsageError(
-                f"`{name}` rotates keys, and this model has no RoPE that tcw knows", "use a policy that does not"
+                f"`{name}` rotates keys, and this model has no RoPE, or one that changes with the length of the text",
+                "use a policy that does not, such as `snapkv`, `knorm` or `kivi`",
             )
         method.check(layers)
 

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcw.errors import UsageError
-
-_FIXED = ("default", "linear", "llama3", "yarn", "proportional")  # frequencies do not depend on the length of the text
+FIXED = ("default", "linear", "llama3", "yarn", "proportional")  # frequencies do not depend on the length of the text
 _PROBE = 5  # positions
 _NEAR = 1e-3
 
@@ -95,29 +93,20 @@ def read_rope(attention: torch.nn.Module, model: torch.nn.Module, kind: str = "f
         kind: the layer's type in transformers' words; some models rotate each type in its own way.
 
     Returns:
-        The rotation, or None if there is none that could be recognised.
-
-    Raises:
-        UsageError: the frequencies change with the length of the text.
+        The rotation; None if there is none, it could not be recognised, or its frequencies change with the length of
+        the text: then a key cannot be rotated again later.
     """
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     for embedding in model.modules():
         for prefix in (f"{kind}_", ""):
             inv_freq = getattr(embedding, f"{prefix}inv_freq", None)
             if isinstance(inv_freq, Tensor) and apply is not None:
-                rope_type = getattr(embedding, "rope_type", "default")
-                _check_fixed(rope_type.get(kind, "default") if isinstance(rope_type, dict) else rope_type)
+                kinds = getattr(embedding, "rope_type", "default")
+                if (kinds.get(kind, "default") if isinstance(kinds, dict) else kinds) not in FIXED:
+                    return None
                 scaling = float(getattr(embedding, f"{prefix}attention_scaling", 1.0) or 1.0)
                 return _recognise(embedding, apply, inv_freq.detach().float().cpu(), scaling, kind if prefix else None)
     return None
-
-
-def _check_fixed(rope_type: str) -> None:
-    if rope_type not in _FIXED:
-        raise UsageError(
-            f"this model's RoPE is `{rope_type}`: its frequencies change with the length of the text",
-            "use a policy that needs no rotation, such as `snapkv`, `knorm` or `kivi`",
-        )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 from tcw.errors import UsageError
 from tcw.kv import LayerShape
 from tcw.kv.attention import decoder_of
-from tcw.kv.rope import Rope, read_rope
+from tcw.kv.rope import FIXED, Rope, read_rope
 from tcw.profile.kv import head_size, kv_heads, numbers
 
 _HINT = "compress its weights alone"
@@ -33,25 +33,35 @@ def shapes_of_config(config: Any, dtype: torch.dtype = torch.bfloat16) -> tuple[
     full = [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
     if not full:
         raise UsageError(f"`{config.model_type}` has no layer with a full KV cache: there is nothing to make smaller", _HINT)
-    return tuple(_shape(configs[i], i, depth, len(full), dtype) for depth, i in enumerate(full))
+    kinds = _kinds(text, len(configs))
+    return tuple(_shape(configs[i], kinds[i], i, depth, len(full), dtype) for depth, i in enumerate(full))
 
 
-def _shape(config: Any, index: int, depth: int, count: int, dtype: torch.dtype) -> LayerShape:
+def _kinds(text: Any, count: int) -> list[str]:
+    return list(getattr(text, "layer_types", None) or ["full_attention"] * count)
+
+
+def _shape(config: Any, kind: str, index: int, depth: int, count: int, dtype: torch.dtype) -> LayerShape:
     size, heads = head_size(config), numbers(config)["num_attention_heads"]
     values = int(getattr(config, "v_head_dim", None) or size)
-    rope = Rope(torch.ones(size // 2))
+    rope = Rope(torch.ones(size // 2)) if _rotates(getattr(config, "rope_parameters", None), kind) else None
     return LayerShape(index, depth, count, heads, kv_heads(config), size, values, dtype, rope)
+
+
+def _rotates(parameters: Any, kind: str) -> bool:
+    """Whether these RoPE parameters, which may differ by kind of layer, rotate by frequencies that do not change."""
+    own = parameters.get(kind, parameters) if isinstance(parameters, dict) else None
+    return isinstance(own, dict) and own.get("rope_type", "default") in FIXED
 
 
 def shapes_of(model: Any) -> tuple[LayerShape, ...]:
     """The full-attention layers of a loaded model, with its own RoPE. Raises UsageError as `shapes_of_config` does."""
     decoder = decoder_of(model)
     text = model.config.get_text_config(decoder=True)
-    kinds = list(getattr(text, "layer_types", None) or ())
-    ropes: dict[str, Rope | UsageError | None] = {}
-    found = []
+    ropes: dict[str, Rope | None] = {}
+    found, kinds = [], _kinds(text, len(text.per_layer_config))
     for shape in shapes_of_config(model.config, model.dtype):
-        kind = kinds[shape.index] if kinds else "full_attention"
+        kind = kinds[shape.index]
         if kind not in ropes:
             ropes[kind] = _rope(decoder, shape.index, kind)
         found.append(replace(shape, rope=ropes[kind]))

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from tcw.artifact import QUANT_METHOD
+from tcw.artifact import QUANT_METHOD, Artifact
 from tcw.device import pick
 from tcw.errors import SourceError, UnknownName, UsageError
 from tcw.runtime import residency as residencies
@@ -72,7 +72,19 @@ def load(
     )
     loaded.name_or_path = loaded.config.name_or_path = source.id
     _set_generation(loaded, source)
+    if isinstance(source, Artifact):
+        attach_policy(loaded, source)
     return loaded
+
+
+def attach_policy(model: Any, artifact: Artifact) -> None:
+    """Have `generate` use the KV policy that an artifact stores, if it does. Raises UsageError, FormatError."""
+    if not artifact.manifest.get("policies"):
+        return
+    from tcw.kv import stored
+
+    if (policy := stored.of_artifact(artifact, model)) is not None:
+        stored.attach(model, policy)
 
 
 def tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:

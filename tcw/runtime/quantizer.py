@@ -77,6 +77,7 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = False  # what transformers gets to see are the decoded tensors
         self.residency = quantization_config.residency
+        self._artifact: Artifact | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a residency that does not exist. Raises UsageError."""
@@ -90,7 +91,7 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def state_dict(self, model: Any, files: list[str], load_config: Any) -> dict[str, Any]:
         """The artifact's tensors; settles where they will live."""
-        source = Artifact.open(_folder(files, load_config))
+        self._artifact = source = Artifact.open(_folder(files, load_config))
         device_map = load_config.device_map or {"": "cpu"}
         self.residency = residency.settle(
             self.quantization_config.residency, source, load_config.dtype, list(device_map.values())
@@ -111,6 +112,13 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         """Make the model ready: an ordinary one, one of quantised layers, or one that decodes itself by blocks."""
+        self._settle(model, **kwargs)
+        if self._artifact is not None:
+            from tcw.runtime.load import attach_policy
+
+            attach_policy(model, self._artifact)
+
+    def _settle(self, model: Any, **kwargs: Any) -> None:
         if self.residency not in (residency.HUFFMAN, residency.PACKED):
             self.remove_quantization_config(model)
             return

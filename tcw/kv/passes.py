@@ -1,0 +1,80 @@
+"""KV policies as part of a recipe: checked before the work, planned, and stored when the weights are done."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tcw.artifact import Artifact
+from tcw.calibration import Settings, texts
+from tcw.errors import UsageError
+from tcw.kv import KVMethod, stored
+from tcw.kv.plan import Plan
+from tcw.kv.policy import Policy
+from tcw.kv.shapes import shapes_of_config
+from tcw.profile.kv import generates, read_config
+from tcw.recipe import Step
+
+if TYPE_CHECKING:
+    from tcw.source import Source
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def outlined(source: "Source", steps: tuple[Step, ...]) -> Policy:
+    """The policy that steps make together, not calibrated: what it will hold can be planned.
+
+    Raises UsageError where they do not go together or do not fit the model.
+    """
+    methods: dict[str, KVMethod] = {}
+    for step in steps:
+        method = step.build()
+        assert isinstance(method, KVMethod)
+        if step.only or step.skip:
+            raise UsageError(f"`{step.method}` is a KV policy: it has no tensors to `only` take or `skip`")
+        if step.method in methods:
+            raise UsageError(f"`{step.method}` is given twice")
+        methods[step.method] = method
+    config = read_config(source.config)
+    if not generates(config):
+        raise UsageError(f"`{source.id}` generates no text and has no KV cache", "leave out the KV policies")
+    return Policy(methods, shapes_of_config(config, dtype_of(config)))
+
+
+def dtype_of(config: Any) -> torch.dtype:
+    """What a model's keys and values are computed in when it is loaded as it is: its own dtype, else BF16."""
+    dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(str(dtype), torch.bfloat16)
+
+
+def plan(source: "Source", steps: tuple[Step, ...], context: int) -> Plan:
+    """What the policy will hold of `context` tokens."""
+    return outlined(source, steps).plan(context)
+
+
+def calibration_tokens(source: "Source", steps: tuple[Step, ...], settings: Settings) -> np.ndarray | None:
+    """What the policy will be calibrated on, int64 [sequences, length]; None if it needs no text.
+
+    Raises SourceError: no tokenizer, or the text is too short or no text.
+    """
+    from tcw.runtime.load import tokenizer
+
+    if not any(step.build().needs_calibration for step in steps):
+        return None
+    return texts.sequences(tokenizer(source), texts.read_texts(settings.text), settings.samples, settings.length)
+
+
+def write(artifact: Artifact, steps: tuple[Step, ...], tokens: np.ndarray | None, device: str) -> list[dict[str, Any]]:
+    """Calibrate the policy on the artifact's own weights, write what it measured there, and return its entries.
+
+    Raises UsageError, SourceError: the policy does not fit the model, or its measurements are no numbers.
+    """
+    policy = outlined(artifact, steps)
+    model = None
+    if tokens is not None:
+        from tcw.runtime.load import load
+
+        model = load(artifact, residency="bf16", device=device)
+        policy = Policy.make(policy.methods.values(), model, torch.from_numpy(tokens))
+    return stored.store(policy, model, Path(artifact.path))
