@@ -141,16 +141,12 @@ def plan(source: Source, recipe: Recipe, *, calibration: Settings | None = None,
     largest = max((i.nbytes for i in infos.values()), default=0)
     needs = _needs(source, steps, calibration or Settings())
     walk = sum(needs[k] for k in ("bytes_block", "bytes_activations")) if needs else 0
-    held = _kv_plan(source, policies)
-    return Plan(recipe, tuple(planned), (1 << 30) + max(2 * largest, walk), needs, held)
+    kv = None
+    if policies:
+        from tcw.kv import passes
 
-
-def _kv_plan(source: Source, policies: tuple[Step, ...]) -> "KVPlan | None":
-    if not policies:
-        return None
-    from tcw.kv import passes
-
-    return passes.plan(source, policies, KV_CONTEXT)
+        kv = passes.plan(source, policies, KV_CONTEXT)
+    return Plan(recipe, tuple(planned), (1 << 30) + max(2 * largest, walk), needs, kv)
 
 
 def _plan_tensor(source: Source, info: TensorInfo, steps: tuple[Step, ...]) -> PlannedTensor:
@@ -310,7 +306,12 @@ def _part_names(steps: tuple[Step, ...]) -> Any:
 
 
 def _results(
-    source: Source, steps: tuple[Step, ...], writer: ArtifactWriter, calibrated: Calibrated, workers: int, progress: Report
+    source: Source,
+    steps: tuple[Step, ...],
+    writer: ArtifactWriter,
+    calibrated: Calibrated,
+    workers: int,
+    progress: Report,
 ) -> Generator[Stored, None, None]:
     """Compress what is left to do, some tensors at once, and give the results in order."""
     total = sum(i.nbytes for i in writer.order)

@@ -13,8 +13,8 @@ A method may give any of three things, and a policy is made of one or more metho
 *groups* (how many tokens which heads keep) and a *store* (how they are held). So eviction and quantisation combine by
 construction: `snapkv:ratio=0.5` and `kivi:bits=4` together evict first and quantise what is left.
 
-B batch, H query heads, G key-value heads (of the group at hand), r = H / G, q tokens of this call, n tokens held, those of
-this call included, D head_dim.
+B batch, H query heads, G key-value heads (of the group at hand), r = H / G, q tokens of this call, n tokens held, those
+of this call included, D head_dim.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from tcw.kv.rope import Rope
     from tcw.kv.stores import Store
 
-ENGINE = ("attention", "cache", "calibrate", "groups", "layer", "masks", "passes", "plan", "policy", "rope", "shapes", "stored", "stores")
+ENGINE = (
+    "attention", "cache", "calibrate", "groups", "layer", "masks", "passes", "plan", "policy", "rope", "shapes",
+    "stored", "stores",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class Room:
 
 
 class Scorer:
-    """Says which of a group's tokens matter. One object serves one group of one layer; what it remembers is in Memory."""
+    """Says which of a group's tokens matter. One serves one group of one layer; what it remembers is in Memory."""
 
     def observe(self, call: AttentionCall, memory: Memory) -> None:
         """Look at a call; `memory.tokens` has a place for every token of `call.keys` already, new ones are zero."""
@@ -161,8 +164,8 @@ class Scorer:
 class KVMethod(Method):
     """A method that changes what a layer holds of its keys and values. Give any of `scorer`, `groups` and `store`.
 
-    `tensors` are what `calibrate` returned, on the layer's device (for `groups` on the CPU); {} for a method that does not
-    calibrate.
+    `tensors` are what `calibrate` returned, on the layer's device (for `groups` on the CPU); {} for a method that does
+    not calibrate.
     """
 
     family: ClassVar[str] = "kv"

@@ -1,8 +1,9 @@
 """The attention function that transformers calls, and the mask that goes with it.
 
-A policy's layer hands out the keys of a call with a mark on them (`mark`); attention that gets marked keys asks that layer
-to compute it over what it holds. All other attention (sliding layers, vision towers, no cache) is what it was before. A
-mask is the one transformers would build over every token seen; a layer takes from it the columns that it still has.
+A policy's layer hands out the keys of a call with a mark on them (`mark`); attention that gets marked keys asks that
+layer to compute it over what it holds. All other attention (sliding layers, vision towers, no cache) is what it was
+before. A mask is the one transformers would build over every token seen; a layer takes from it the columns that it
+still has.
 """
 
 import logging

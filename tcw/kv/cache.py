@@ -10,7 +10,7 @@ from tcw.errors import UsageError
 from tcw.kv.layer import PolicyLayer
 
 
-class PolicyCache(Cache):
+class PolicyCache(Cache):  # type: ignore[misc]
     """A cache whose full-attention layers follow a policy. Make it with `Policy.new_cache`; give it to `generate`."""
 
     def __init__(self, config: Any, layers: dict[int, PolicyLayer]) -> None:
@@ -43,7 +43,7 @@ class PolicyCache(Cache):
         return nbytes(tensor for layer in self.layers for tensor in held_by(layer))
 
     def kept(self) -> list[list[tuple[tuple[int, ...], Tensor]]]:
-        """For each layer under the policy and each of its groups: heads, and int [B or 1, 1 or G, n] positions in the text.
+        """For each layer under the policy and each of its groups: heads, and positions int [B or 1, 1 or G, n].
 
         Only of a cache made with `track=True`.
         """

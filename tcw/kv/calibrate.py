@@ -43,7 +43,9 @@ class Session:
         """
         install(self.model)
         decoder = decoder_of(self.model)
-        decoder = getattr(decoder, decoder.base_model_prefix, decoder)  # without the head: its logits are of no use here
+        decoder = getattr(
+            decoder, decoder.base_model_prefix, decoder
+        )  # without the head: its logits are of no use here
         for row in self.tokens if tokens is None else tokens:
             layers: dict[int, PolicyLayer] = {shape.index: _Watched(shape, look) for shape in self.layers}
             cache = PolicyCache(self.model.config, layers)
@@ -89,10 +91,14 @@ def calibrated(policy: "Policy", model: Any, tokens: Tensor | None, seed: int = 
         if not method.needs_calibration or name in found:
             continue
         if tokens is None:
-            raise UsageError(f"`{name}` is calibrated on a text, and none was given", "give `tokens`, int64 [rows, length]")
+            raise UsageError(
+                f"`{name}` is calibrated on a text, and none was given", "give `tokens`, int64 [rows, length]"
+            )
         session = Session(model, policy.layers, tokens, seed)
         measured = {key: t.detach().cpu().contiguous() for key, t in method.calibrate(session).items()}
         if bad := [key for key, t in measured.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
-            raise SourceError(f"`{name}` measured `{bad[0]}` as not finite", "the model's activations overflow: use float32")
+            raise SourceError(
+                f"`{name}` measured `{bad[0]}` as not finite", "the model's activations overflow: use float32"
+            )
         found[name] = measured
     return replace(policy, tensors=found)

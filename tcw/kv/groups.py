@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class HeadGroup:
         return self.newest[:, None] if self.places is None else join(self.places, self.newest[:, None])
 
     def extend(self, keys: Tensor, values: Tensor, real: Tensor | None, positions: Tensor) -> None:
-        """Let the tokens of a call, [B, G, q, D], join the window; `real` is bool [B, q], `positions` int64 [B or 1, q]."""
+        """Let the tokens of a call, [B, G, q, D], join the window: `real` bool [B, q], `positions` int64 [B or 1, q]."""
         before, new = len(self), keys.shape[2]
         if self.window is None:
             self.window = (_owned(keys), _owned(values))
@@ -224,14 +225,18 @@ class HeadGroup:
         return scores
 
     def _leave(self, count: int) -> tuple[Pair, Tensor]:
-        """Take the oldest tokens out of the window: their keys and values, and positions int64 [B, 1, count]."""
+        """Take the oldest tokens out of the window, with their positions: int64 [B, 1 or G, count], -1 for padding."""
         (keys, values), newest = self.exact, self.newest
         assert newest is not None
         self.window, self.newest = (keys[:, :, count:].clone(), values[:, :, count:].clone()), newest[:, count:].clone()
         left = newest[:, None, :count]
         if self._tracks:
             self.places = left.clone() if self.places is None else join(self.places, left)
-        return (keys[:, :, :count], values[:, :, :count]), left.long().expand(len(keys), -1, -1)
+        left = left.long().expand(len(keys), -1, -1)
+        if self.real is not None:
+            first = self.aside + len(self.store)
+            left = torch.where(self.real[:, :, first : first + count], left, -1)
+        return (keys[:, :, :count], values[:, :, :count]), left
 
     def _fold(self, tokens: Pair, index: Tensor, first: int) -> None:
         """Tell the store of the tokens that `index` leaves out."""
@@ -304,7 +309,7 @@ def best(scores: Tensor, keep: int, segments: tuple[int, ...]) -> Tensor:
 def _shares(keep: int, segments: tuple[int, ...]) -> list[int]:
     total = sum(segments)
     bounds = [round(keep * sum(segments[:i]) / total) if total else 0 for i in range(len(segments) + 1)]
-    return [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [b - a for a, b in pairwise(bounds)]
 
 
 def join(a: Tensor, b: Tensor) -> Tensor:

@@ -29,4 +29,5 @@ class Knorm(Evicting):
     paper: ClassVar[str] = "arXiv 2406.11430"
 
     def scorer(self, layer: LayerShape, group: Group, tensors: dict[str, Tensor]) -> Scorer:
+        """Prefer short keys."""
         return _SmallNorm()

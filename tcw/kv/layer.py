@@ -13,7 +13,7 @@ from tcw.kv.attention import Attention, mark
 from tcw.kv.groups import HeadGroup
 
 
-class PolicyLayer(CacheLayerMixin):
+class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
     """Holds the keys and values of a full-attention layer.
 
     Its logical length is what the model has seen; what lies in memory is less. transformers asks for the former and

@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 
-def columns(mask: Tensor | None, real: Tensor | None, query: Tensor, kv_heads: int, held: int, new: int) -> Tensor | None:
-    """The mask over `held` tokens, the last `new` of which are this call's own.
+def columns(
+    mask: Tensor | None, real: Tensor | None, query: Tensor, kv_heads: int, held: int, new: int
+) -> Tensor | None:
+    """The mask over tokens that are held.
 
     Args:
         mask: over all tokens seen.
         real: bool [B, 1 or kv_heads, held], False for padding; None: there is none.
         query: [B, H, q, D].
+        kv_heads: of the tokens held.
+        held: how many tokens those are.
+        new: how many of them, the last ones, are this call's own.
 
     Of this call's tokens each query sees what `mask` says; of older ones all that are real.
     """

@@ -221,9 +221,7 @@ def _formats(method: KVMethod) -> bool:
     return _overrides(method, "store") and not method.wraps
 
 
-def _indices(
-    layer: LayerShape, group: Group, device: torch.device, groups: int
-) -> tuple[Tensor | None, Tensor | None]:
+def _indices(layer: LayerShape, group: Group, device: torch.device, groups: int) -> tuple[Tensor | None, Tensor | None]:
     """Query heads and key-value heads of a group; None for all."""
     if groups == 1:
         return None, None

@@ -110,7 +110,9 @@ def read_rope(attention: torch.nn.Module, model: torch.nn.Module, kind: str = "f
 
 
 @torch.no_grad()
-def _recognise(embedding: torch.nn.Module, apply: Any, inv_freq: Tensor, scaling: float, kind: str | None) -> Rope | None:
+def _recognise(
+    embedding: torch.nn.Module, apply: Any, inv_freq: Tensor, scaling: float, kind: str | None
+) -> Rope | None:
     """Rotate a probe with the model's own code; return the layout that does the same."""
     x = torch.randn(1, 1, _PROBE, 2 * len(inv_freq), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(_PROBE)[None] * 7

@@ -28,11 +28,15 @@ def shapes_of_config(config: Any, dtype: torch.dtype = torch.bfloat16) -> tuple[
     if getattr(text, "kv_lora_rank", None):
         raise UsageError(f"`{config.model_type}` caches latent vectors (MLA), which KV policies do not know", _HINT)
     if getattr(text, "num_kv_shared_layers", 0) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
-        raise UsageError(f"layers of `{config.model_type}` share keys and values, which KV policies cannot follow", _HINT)
+        raise UsageError(
+            f"layers of `{config.model_type}` share keys and values, which KV policies cannot follow", _HINT
+        )
     configs = list(text.per_layer_config)
     full = [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
     if not full:
-        raise UsageError(f"`{config.model_type}` has no layer with a full KV cache: there is nothing to make smaller", _HINT)
+        raise UsageError(
+            f"`{config.model_type}` has no layer with a full KV cache: there is nothing to make smaller", _HINT
+        )
     kinds = _kinds(text, len(configs))
     return tuple(_shape(configs[i], kinds[i], i, depth, len(full), dtype) for depth, i in enumerate(full))
 

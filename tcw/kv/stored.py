@@ -48,7 +48,7 @@ def has_policy(artifact: "Artifact") -> bool:
 
 
 def methods_of(artifact: "Artifact") -> dict[str, KVMethod]:
-    """The methods of an artifact's KV policy, by name; {} if it has none. Raises FormatError, UnknownName, UsageError."""
+    """The methods of an artifact's KV policy, by name; {}: it has none. Raises FormatError, UnknownName, UsageError."""
     return {entry["method"]: _method(entry) for entry in _entries(artifact)}
 
 

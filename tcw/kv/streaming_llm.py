@@ -38,11 +38,14 @@ class StreamingLlm(Evicting):
 
     @property
     def reindexes(self) -> bool:  # type: ignore[override]
+        """Whether keys are rotated to their place in the cache."""
         return self.reindex
 
     @property
     def needs_rope(self) -> bool:  # type: ignore[override]
+        """Only to rotate."""
         return self.reindex
 
     def scorer(self, layer: LayerShape, group: Group, tensors: dict[str, Tensor]) -> Scorer:
+        """Prefer the newest."""
         return Recency()

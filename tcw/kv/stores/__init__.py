@@ -38,7 +38,7 @@ class Store:
         Args:
             keys: [B, G, m, D] after RoPE; the store must not keep a view of it.
             values: [B, G, m, Dv].
-            positions: int64 [B, 1 or G, m], RoPE positions.
+            positions: int64 [B, 1 or G, m], RoPE positions; -1 for padding.
             scores: float32 [B, G, m], where `wants_scores`.
 
         Returns:
@@ -59,8 +59,10 @@ class Store:
         """Be told of tokens that are forgotten: [B, G, m, D]; `real` is bool [B, G, m], False for padding."""
 
     def folded(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Stand-ins for forgotten tokens: keys [B, G, k, D], values [B, G, k, Dv] and a number to add to their logits,
-        float32 [B, G, k] (-inf: none); or None."""
+        """Stand-ins for forgotten tokens, or None: keys [B, G, k, D], values [B, G, k, Dv], and what to add to logits.
+
+        That is float32 [B, G, k], -inf where there is nothing to stand in for.
+        """
         return None
 
     def bias(self, queries: Tensor, scaling: float) -> Tensor | None:
@@ -95,6 +97,7 @@ class DenseStore(Store):
         return 0 if self.keys is None else self.keys.shape[2]
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, scores: Tensor | None = None) -> Tensor | None:
+        """Copy the tokens."""
         if self.keys is None or self.values is None:
             self.keys, self.values = keys.clone(), values.clone()
         else:
@@ -102,17 +105,22 @@ class DenseStore(Store):
         return None
 
     def read(self) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
+        """Keys and values, not copied."""
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
     def keep(self, index: Tensor) -> None:
+        """Copy the chosen ones."""
         keys, values = self.read()
         self.keys, self.values = pick(keys, index), pick(values, index)
 
     def select_rows(self, rows: Tensor) -> None:
+        """Copy the chosen sequences."""
         if len(self):
             keys, values = self.read()
             self.keys, self.values = keys.index_select(0, rows), values.index_select(0, rows)
 
     def tensors(self) -> list[Tensor]:
+        """Keys and values."""
         return [t for t in (self.keys, self.values) if t is not None]
