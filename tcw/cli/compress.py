@@ -17,6 +17,7 @@ from tcw.recipe import Step
 from tcw.units import parse_size, show_bytes, show_seconds
 
 if TYPE_CHECKING:
+    from tcw.kv.plan import Plan as KVPlan
     from tcw.pipeline import CompressReport, Plan
     from tcw.source import Source
 
@@ -164,7 +165,7 @@ def _calibrates(chosen: recipe.Recipe) -> bool:
     from tcw.weights import WeightMethod
 
     built = [step.build() for step in chosen.steps]
-    return any(method.calibrates() for method in built if isinstance(method, WeightMethod))
+    return any(m.calibrates() if isinstance(m, WeightMethod) else m.needs_calibration for m in built)
 
 
 def _say_unused(chosen: recipe.Recipe, calibration: Path | None) -> None:
@@ -189,6 +190,7 @@ def _show_plan(source: "Source", plan: "Plan", target: Path) -> None:
         "bytes": {"original": plan.original_bytes, "compressed": plan.predicted_bytes, "ratio": ratio},
         "peak_memory_bytes": plan.peak_memory_bytes,
         "calibration": plan.calibration,
+        "kv": plan.kv.to_json() if plan.kv else None,
     }
     human = {
         "would read": source.id,
@@ -197,8 +199,17 @@ def _show_plan(source: "Source", plan: "Plan", target: Path) -> None:
         "would take": f"about {_share(plan.predicted_bytes, plan.original_bytes)}",
         "would use": f"up to {show_bytes(plan.peak_memory_bytes)} of memory",
         "would calibrate": _calibration(plan.calibration),
+        "would cache": _cached(plan.kv) if plan.kv else None,
     }
     out.result(data, lambda: out.facts(human), plan.predicted_bytes)
+
+
+def _cached(kv: "KVPlan") -> str:
+    """`of 4,096 tokens 24.1 MB of 94.4 MB (25.5 %, 3.92x smaller), 1,044 to 4,096 tokens a head`."""
+    counts = [row.tokens for row in kv.rows]
+    tokens = f"{min(counts):,} to {max(counts):,}" if min(counts) != max(counts) else f"{counts[0]:,}"
+    bound = "up to " if kv.bounded else ""
+    return f"of {kv.context:,} tokens {bound}{_share(kv.bytes, kv.dense_bytes)}, {tokens} tokens a head"
 
 
 def _calibration(needs: dict[str, Any] | None) -> str | None:

@@ -50,6 +50,7 @@ def export(
         "bytes": report.bytes,
         "files": [str(file) for file in report.files],
         "kept": report.kept,
+        "notes": list(report.notes),
     }
     facts = {
         "wrote": f"{output}/",
@@ -61,4 +62,6 @@ def export(
         out.note(f"`{name}` stays as it is: {why}")
     if (more := len(report.kept) - _SHOWN) > 0:
         out.note(f"so do {more} more; `--json` lists them")
+    for note in report.notes:
+        out.note(note)
     out.result(data, lambda: out.facts(facts), output)

@@ -38,8 +38,8 @@ def profile(
     """
     out.configure(json, quiet, verbose)
     options.check_free(html, force)
+    from tcw import methods, recipe
     from tcw import profile as profiling
-    from tcw import recipe
     from tcw.source import open_source
 
     specs = list(method or [])
@@ -56,7 +56,8 @@ def profile(
         options.write_report(html, render(found))
         out.note(f"wrote {html}")
     data = found.to_json()
-    out.result(data, lambda: show(data), data["weights"]["bytes"])
+    asked = context is not None or any(methods.family_of(recipe.parse_spec(spec).method) == "kv" for spec in specs)
+    out.result(data, lambda: show(data, policies=asked), data["weights"]["bytes"])
     lossless = [m for m in data["methods"] if m["lossless"] and m["bytes"] < data["weights"]["bytes"]]
     if lossless:
         best = min(lossless, key=lambda m: m["bytes"])
@@ -65,8 +66,8 @@ def profile(
         )
 
 
-def show(data: dict[str, Any]) -> None:
-    """Print the profile: facts, the model's parts, and a row for every method."""
+def show(data: dict[str, Any], *, policies: bool = False) -> None:
+    """Print the profile: facts, the model's parts, a row for every method and, with `policies`, for each KV policy."""
     weights, device, kv, context = data["weights"], data["device"], data["kv"], data["context"]
     dtypes = ", ".join(f"{name} {show_bytes(size)}" for name, size in weights["by_dtype"].items())
     entropy = weights["exponent_entropy_bits"]
@@ -90,6 +91,22 @@ def show(data: dict[str, Any]) -> None:
     out.table(("method", "bytes", "of now", "bits/weight", "lossless", "needs", "fits", "context"), rows)
     out.text()
     out.text(f"needs: memory to run with {_context(context)}; context: the most tokens that fit here")
+    if policies and (kv["policies"] or kv["policies_skipped"]):
+        _show_policies(kv, context)
+
+
+def _show_policies(kv: dict[str, Any], context: dict[str, Any]) -> None:
+    out.text()
+    rows = [("full", show_bytes(kv["bytes"]), _percent(kv["bytes"], kv["bytes"]), f"{context['tokens']:,}")]
+    for row in kv["policies"]:
+        most, bound = row["tokens"][1], "up to " if row["bounded"] else ""
+        tokens = f"{most:,}" if row["tokens"][0] == most else f"{row['tokens'][0]:,} to {most:,}"
+        rows.append(
+            (row["name"], f"{bound}{show_bytes(row['bytes'])}", _percent(row["bytes"], kv["bytes"]), bound + tokens)
+        )
+    out.table((f"KV policy at {_context(context)}", "bytes", "of full", "tokens a head"), rows)
+    for name, why in kv["policies_skipped"].items():
+        out.text(f"{name}: {why}")
 
 
 def _context(context: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tcw.artifact import Artifact
 from tcw.disk import writing
 from tcw.errors import UnknownName, UsageError
 from tcw.events import Report, silent
@@ -30,7 +31,7 @@ _SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "fals
 class ExportReport:
     """What was written: the folder, the target's name, the bytes of all files, and the files relative to the folder.
 
-    `kept` are tensors that the format could not compress, each with the reason.
+    `kept` are tensors that the format could not compress, each with the reason; `notes` say what else stayed behind.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class ExportReport:
     bytes: int
     files: list[Path]
     kept: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def names() -> list[str]:
@@ -94,7 +96,14 @@ def export(
     finally:
         let_go(lock)
     files = sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file())
-    return ExportReport(out, name, sum((out / f).stat().st_size for f in files), files, kept or {})
+    size = sum((out / f).stat().st_size for f in files)
+    return ExportReport(out, name, size, files, kept or {}, _left_behind(source, name))
+
+
+def _left_behind(source: Source, target: str) -> tuple[str, ...]:
+    if isinstance(source, Artifact) and source.manifest.get("policies"):
+        return (f"the KV policy stays behind: `{target}` has no place for one",)
+    return ()
 
 
 def _options(module: ModuleType, target: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ fits      what of this fits at which context
 latency   the model itself, loaded and timed
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tcw import methods
@@ -18,6 +18,7 @@ from tcw.profile.fits import Budget, Forward, forward
 from tcw.profile.kv import KVCache, generates, kv_cache, read_config, text_config
 from tcw.profile.latency import PROMPT_TOKENS, Latency, measure
 from tcw.profile.parts import is_input_side, is_routed_expert, part_of
+from tcw.profile.policies import Policies, default_specs, policies
 from tcw.profile.tensors import Scan, mean_entropy, scan
 from tcw.recipe import Step, make_step, parse_spec
 from tcw.source import Source
@@ -72,6 +73,7 @@ class Profile:
     batch: int
     model_context: int | None
     tied_head: bool
+    policies: Policies = field(default_factory=Policies)
 
     def to_json(self) -> dict[str, Any]:
         """The profile under the keys of docs/cli.md and some more."""
@@ -96,7 +98,11 @@ class Profile:
                 "repeated_tensors": sum(look.same_as is not None for look in self.scan.looks),
                 "sampled_tensors": sum(look.sampled for look in self.scan.looks),
             },
-            "kv": {**self.kv.to_json(), "bytes": self.kv.bytes_at(self.context, self.batch)},
+            "kv": {
+                **self.kv.to_json(), "bytes": self.kv.bytes_at(self.context, self.batch),
+                "policies": [row.to_json() for row in self.policies.rows],
+                "policies_skipped": self.policies.skipped,
+            },
             "activations": {"bytes": self.forward.bytes_at(self.context, self.batch)},
             "latency": self.latency.to_json(),
             "context": {"tokens": self.context, "batch": self.batch, "model_max": self.model_context},
@@ -119,7 +125,8 @@ def profile(
 
     Args:
         source: the model; it is only read.
-        specs: methods to compare, as SPEC strings; by default all weight methods. None is calibrated for a prediction.
+        specs: methods to compare, as SPEC strings; by default all for weights and all KV policies. None is calibrated
+            for a prediction.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         context: tokens of context to plan for; by default 4,096 or what the model was made for, if that is less.
         batch: sequences at once.
@@ -132,7 +139,7 @@ def profile(
     """
     if batch < 1 or (context is not None and context < 1):
         raise UsageError(f"`--{'batch' if batch < 1 else 'context'}` takes 1 or more")
-    steps = _steps(specs)
+    steps, kv_steps = _steps(specs)
     where = pick(device)
     seen = scan(source, steps, progress=progress)
     config = read_config(source.config)
@@ -155,7 +162,7 @@ def profile(
         timed = replace(timed, decode_bound_ms=read / bandwidth / 1e6)
     return Profile(
         source.id, _architecture(source.config), where, bandwidth, seen, cache, pass_, timed, rows, tokens, batch,
-        longest, tied,
+        longest, tied, policies(config, kv_steps, cache, tokens, batch),
     )  # fmt: skip
 
 
@@ -179,15 +186,20 @@ def decode_bytes(seen: Scan, text: Any, tied: bool) -> int:
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def _steps(specs: list[str] | tuple[str, ...]) -> list[Step]:
-    if specs:
-        steps = [parse_spec(spec) for spec in specs]
-    else:
-        steps = [make_step(name, {}) for name in methods.names("weights")]
-    for step in steps:
-        if methods.family_of(step.method) != "weights":
-            raise UsageError(f"`{step.method}` is not a method for weights", "`tcw methods` lists methods by family")
-    return steps
+def _steps(specs: list[str] | tuple[str, ...]) -> tuple[list[Step], list[Step]]:
+    """The methods for weights and the KV policies to compare: those asked for, or all."""
+    if not specs:
+        return [make_step(name, {}) for name in methods.names("weights")], default_specs()
+    steps: dict[str, list[Step]] = {"weights": [], "kv": []}
+    for step in map(parse_spec, specs):
+        family = methods.family_of(step.method)
+        if family not in steps:
+            raise UsageError(
+                f"`{step.method}` is neither a method for weights nor a KV policy",
+                "`tcw methods` lists methods by family",
+            )
+        steps[family].append(step)
+    return steps["weights"], steps["kv"]
 
 
 def _rows(seen: Scan, bare: Budget) -> tuple[Row, ...]:
