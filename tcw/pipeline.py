@@ -17,7 +17,7 @@ from collections.abc import Generator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread, Timer
@@ -33,6 +33,7 @@ from tcw.events import Progress, Report, silent
 from tcw.memory import peak_memory, peak_of
 from tcw.methods import family_of
 from tcw.recipe import Recipe, Step
+from tcw.report import CompressReport, Plan, PlannedTensor
 from tcw.source import Source
 from tcw.tensor import TensorInfo
 from tcw.weights import WeightMethod
@@ -45,67 +46,6 @@ if TYPE_CHECKING:
 _GRACE = 5.0  # seconds
 _SAMPLE_BYTES = 64 << 20  # a plan looks at this much of a tensor
 KV_CONTEXT = 4096  # tokens that a plan counts the bytes of
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """What a run would do with one tensor."""
-
-    info: TensorInfo
-    method: str
-    predicted_bytes: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run would do, without doing it."""
-
-    recipe: Recipe
-    tensors: tuple[PlannedTensor, ...]
-    peak_memory_bytes: int
-    calibration: dict[str, Any] | None = None  # what it would take (tcw/calibration/run.py), None without
-    kv: "KVPlan | None" = None  # what its KV policy would hold of KV_CONTEXT tokens
-
-    @property
-    def original_bytes(self) -> int:
-        """Bytes of all tensors as they are."""
-        return sum(t.info.nbytes for t in self.tensors)
-
-    @property
-    def predicted_bytes(self) -> int:
-        """Bytes of all tensors as they would be stored."""
-        return sum(t.predicted_bytes for t in self.tensors)
-
-
-@dataclass(frozen=True)
-class CompressReport:
-    """What a run did. Bytes are of whole weight files, headers included."""
-
-    artifact: Path
-    methods: list[str]
-    bytes_original: int
-    bytes_compressed: int
-    bits_per_weight: float
-    tensors_total: int
-    tensors_compressed: int
-    tensors_kept: int
-    kept_reasons: dict[str, int]
-    seconds: float
-    peak_memory_bytes: int
-    notes: tuple[str, ...] = ()  # what could not be done as asked
-
-    @property
-    def ratio(self) -> float:
-        """Compressed over original bytes."""
-        return self.bytes_compressed / self.bytes_original if self.bytes_original else 1.0
-
-    def to_json(self) -> dict[str, Any]:
-        """The report under the keys of docs/cli.md."""
-        fields = asdict(self)
-        sizes = {"original": self.bytes_original, "compressed": self.bytes_compressed, "ratio": self.ratio}
-        tensors = {k: fields[f"tensors_{k}"] for k in ("total", "compressed", "kept")}
-        rest = ("methods", "bits_per_weight", "kept_reasons", "notes", "seconds", "peak_memory_bytes")
-        return {"artifact": str(self.artifact), "bytes": sizes, "tensors": tensors, **{k: fields[k] for k in rest}}
 
 
 def compress_tensor(source: Source, name: str, steps: tuple[Step, ...], calibrated: Calibrated = NOTHING) -> Stored:
@@ -141,12 +81,17 @@ def plan(source: Source, recipe: Recipe, *, calibration: Settings | None = None,
     largest = max((i.nbytes for i in infos.values()), default=0)
     needs = _needs(source, steps, calibration or Settings())
     walk = sum(needs[k] for k in ("bytes_block", "bytes_activations")) if needs else 0
-    kv = None
-    if policies:
-        from tcw.kv import passes
+    return Plan(
+        recipe, tuple(planned), (1 << 30) + max(2 * largest, walk), needs, _kv_plan(source, policies)
+    )  # fmt: skip
 
-        kv = passes.plan(source, policies, KV_CONTEXT)
-    return Plan(recipe, tuple(planned), (1 << 30) + max(2 * largest, walk), needs, kv)
+
+def _kv_plan(source: Source, policies: tuple[Step, ...]) -> "KVPlan | None":
+    if not policies:
+        return None
+    from tcw.kv import passes
+
+    return passes.plan(source, policies, KV_CONTEXT)
 
 
 def _plan_tensor(source: Source, info: TensorInfo, steps: tuple[Step, ...]) -> PlannedTensor:
@@ -210,7 +155,8 @@ def compress(
     finally:
         hasher.shutdown(wait=False, cancel_futures=True)
         writer.close()
-    return _report(source, recipe, writer, artifact, time.monotonic() - start, workers, notes)
+    report = _report(source, recipe, writer, artifact, time.monotonic() - start, workers, notes)
+    return replace(report, kv=_kv_plan(source, policies))
 
 
 def _policies(source: Source, policies: tuple[Step, ...], settings: Settings) -> StorePolicies | None:

@@ -18,7 +18,7 @@ from tcw.units import parse_size, show_bytes, show_seconds
 
 if TYPE_CHECKING:
     from tcw.kv.plan import Plan as KVPlan
-    from tcw.pipeline import CompressReport, Plan
+    from tcw.report import CompressReport, Plan
     from tcw.source import Source
 
 EXAMPLES = (
@@ -205,11 +205,11 @@ def _show_plan(source: "Source", plan: "Plan", target: Path) -> None:
 
 
 def _cached(kv: "KVPlan") -> str:
-    """`of 4,096 tokens 24.1 MB of 94.4 MB (25.5 %, 3.92x smaller), 1,044 to 4,096 tokens a head`."""
+    """`at 4,096 tokens 24.1 MB of 94.4 MB (25.5 %, 3.92x smaller), 1,044 to 4,096 tokens a head`."""
     counts = [row.tokens for row in kv.rows]
     tokens = f"{min(counts):,} to {max(counts):,}" if min(counts) != max(counts) else f"{counts[0]:,}"
     bound = "up to " if kv.bounded else ""
-    return f"of {kv.context:,} tokens {bound}{_share(kv.bytes, kv.dense_bytes)}, {tokens} tokens a head"
+    return f"at {kv.context:,} tokens {bound}{_share(kv.bytes, kv.dense_bytes)}, {tokens} tokens a head"
 
 
 def _calibration(needs: dict[str, Any] | None) -> str | None:
@@ -230,6 +230,7 @@ def _show_report(report: "CompressReport", target: Path, model: str, lossless: b
         "methods": ", then ".join(report.methods),
         "size": _share(report.bytes_compressed, report.bytes_original),
         "bits/weight": f"{report.bits_per_weight:.2f}",
+        "KV cache": _cached(report.kv) if report.kv else None,
         "tensors": f"{report.tensors_compressed} compressed, {kept}",
         "time": show_seconds(report.seconds),
         "peak memory": show_bytes(report.peak_memory_bytes),

@@ -56,8 +56,8 @@ class _Watched(PolicyLayer):
     """A layer that shows each call and keeps nothing."""
 
     def __init__(self, shape: LayerShape, look: Look) -> None:
-        super().__init__(lambda device: [])
-        self._shape, self._look = shape, look
+        super().__init__(shape, lambda device: [])
+        self._look = look
 
     def attend(
         self,
@@ -72,8 +72,8 @@ class _Watched(PolicyLayer):
         (keys, values), self._new = self._new, None
         out, _ = base(module, query, keys, values, mask, scaling=scaling, **kwargs)
         positions = self._positions(None, keys.shape[2], kwargs.get("position_ids"), keys)
-        rope = self._shape.rope
-        shape = self._shape if rope is None else replace(self._shape, rope=rope.to(keys.device))
+        rope = self.shape.rope
+        shape = self.shape if rope is None else replace(self.shape, rope=rope.to(keys.device))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         self._look(shape, AttentionCall(query, keys, values, None, positions, scale, kwargs.get("softcap"), 0))
         return out

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from tcw.errors import TcwError, UsageError
-from tcw.kv import AttentionCall
+from tcw.kv import AttentionCall, LayerShape
 from tcw.kv.attention import Attention, mark
 from tcw.kv.groups import HeadGroup
 
@@ -25,9 +25,10 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, make_groups: "Callable[[torch.device], list[HeadGroup]]") -> None:
+    def __init__(self, shape: LayerShape, make_groups: Callable[[torch.device], list[HeadGroup]]) -> None:
         """`make_groups` is called once the device is known."""
         super().__init__()
+        self.shape = shape
         self._make_groups = make_groups
         self.groups: list[HeadGroup] = []
         self.seen = 0
@@ -35,7 +36,15 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
         self._new: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the groups on the keys' device."""
+        """Make the groups on the keys' device. Raises TcwError when the model is not as its configuration says."""
+        found = key_states.shape[1], key_states.shape[3], value_states.shape[3]
+        said = self.shape.kv_heads, self.shape.head_dim, self.shape.value_dim
+        if found != said:
+            raise TcwError(
+                f"layer {self.shape.index} has {found[0]} heads of {found[1]} and {found[2]} elements, "
+                f"its configuration says {said[0]} of {said[1]} and {said[2]}",
+                "use this model without a KV policy",
+            )
         self.groups = self._make_groups(key_states.device)
         self.is_initialized = True
 

@@ -93,7 +93,7 @@ class Policy:
 
     def new_layer(self, layer: LayerShape, track: bool = False) -> PolicyLayer:
         """One layer of a cache, empty."""
-        return PolicyLayer(lambda device: [HeadGroup(p) for p in self._parts(layer, device, track)])
+        return PolicyLayer(layer, lambda device: [HeadGroup(p) for p in self._parts(layer, device, track)])
 
     def groups(self, layer: LayerShape) -> tuple[Group, ...]:
         """How the heads of a layer are divided: by the method that limits tokens; else they are all together."""
@@ -203,7 +203,8 @@ def _check(methods: dict[str, KVMethod], layers: tuple[LayerShape, ...]) -> None
     for name, method in methods.items():
         if (method.needs_rope or method.reindexes) and any(layer.rope is None for layer in layers):
             raise UsageError(
-                f"`{name}` rotates keys, and this model has no RoPE, or one that changes with the length of the text",
+                f"`{name}` rotates keys, and this model has no RoPE, or one that changes with the length of the text "
+                "or with pictures in it",
                 "use a policy that does not, such as `snapkv`, `knorm` or `kivi`",
             )
         method.check(layers)

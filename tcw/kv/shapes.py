@@ -53,9 +53,9 @@ def _shape(config: Any, kind: str, index: int, depth: int, count: int, dtype: to
 
 
 def _rotates(parameters: Any, kind: str) -> bool:
-    """Whether these RoPE parameters, which may differ by kind of layer, rotate by frequencies that do not change."""
+    """Whether these RoPE parameters, which may differ by kind of layer, rotate by one position and fixed frequencies."""
     own = parameters.get(kind, parameters) if isinstance(parameters, dict) else None
-    return isinstance(own, dict) and own.get("rope_type", "default") in FIXED
+    return isinstance(own, dict) and own.get("rope_type", "default") in FIXED and "mrope_section" not in own
 
 
 def shapes_of(model: Any) -> tuple[LayerShape, ...]:
@@ -67,7 +67,7 @@ def shapes_of(model: Any) -> tuple[LayerShape, ...]:
     for shape in shapes_of_config(model.config, model.dtype):
         kind = kinds[shape.index]
         if kind not in ropes:
-            ropes[kind] = _rope(decoder, shape.index, kind)
+            ropes[kind] = _rope(decoder, shape.index, kind) if shape.rope else None
         found.append(replace(shape, rope=ropes[kind]))
     return tuple(found)
 
