@@ -21,7 +21,7 @@ from tcw.recipe import Recipe, Step, make_step, stated_limits
 from tcw.units import show_bytes
 
 if TYPE_CHECKING:
-    from tcw.pipeline import Plan
+    from tcw.report import Plan
     from tcw.source import Source
 
 LADDER = ("lossless", "lossless-fp8", "int8-safe")
