@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tcw.kv.stores import Store
 
 ENGINE = (
-    "attention", "cache", "calibrate", "groups", "layer", "masks", "passes", "plan", "policy", "rope", "shapes",
+    "attention", "cache", "calibrate", "fused", "groups", "layer", "masks", "passes", "plan", "policy", "rope", "shapes",
     "stored", "stores",
 )  # fmt: skip
 

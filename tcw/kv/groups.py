@@ -87,7 +87,7 @@ class HeadGroup:
         return self.newest[:, None] if self.places is None else join(self.places, self.newest[:, None])
 
     def extend(self, keys: Tensor, values: Tensor, real: Tensor | None, positions: Tensor) -> None:
-        """Let the tokens of a call, [B, G, q, D], join the window: `real` bool [B, q], `positions` int64 [B or 1, q]."""
+        """Let a call's tokens, [B, G, q, D], join the window: `real` bool [B, q], `positions` int64 [B or 1, q]."""
         before, new = len(self), keys.shape[2]
         if self.window is None:
             self.window = (_owned(keys), _owned(values))
@@ -108,6 +108,42 @@ class HeadGroup:
         if len(parts) == 1:
             return parts[0]
         return torch.cat([p[0] for p in parts], 2), torch.cat([p[1] for p in parts], 2)
+
+    def step(
+        self,
+        base: Attention,
+        module: torch.nn.Module,
+        query: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        before: int,
+        seen: "int | list[int]",
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention of a call whose tokens have joined the window, [B, q, H, Dv]; then tokens age.
+
+        `mask` and `query` as in `attend`, `positions` and `before` as in AttentionCall, `seen` as in `age`.
+        """
+        softcap, scaling = kwargs.get("softcap"), kwargs["scaling"]
+        if self._on_gpu(query) and self._rests(query):
+            from tcw.kv import fused
+
+            if fused.can_fuse(self.store, query, softcap):
+                return fused.attention(query, self.sinks, self.store, self.exact, scaling, self.real)
+        out, held = self.attend(base, module, query, mask, positions.shape[1], **kwargs)
+        call = AttentionCall(query, *held, self.real, positions, scaling, softcap, before)
+        self.parts.scorer.observe(call, self.memory)
+        self.age(call, seen)
+        return out
+
+    @staticmethod
+    def _on_gpu(query: Tensor) -> bool:
+        return query.is_cuda
+
+    def _rests(self, query: Tensor) -> bool:
+        """Whether nobody wants to see the keys of this call: no scorer, no token that ages, no rotation."""
+        idle = type(self.parts.scorer).observe is Scorer.observe and self.parts.turns is None
+        return idle and len(self.store) > 0 and query.shape[2] == 1 and not self._leaving(1)
 
     def attend(
         self, base: Attention, module: torch.nn.Module, query: Tensor, mask: Tensor | None, new: int, **kwargs: Any
@@ -141,19 +177,14 @@ class HeadGroup:
         places = self.positions().long()
         return self.parts.turns.turn(keys, places[..., -1:] - behind - places), values
 
-    def observe(self, call: AttentionCall) -> None:
-        """Let the scorer see a call."""
-        self.parts.scorer.observe(call, self.memory)
-
     def age(self, call: AttentionCall, seen: "int | list[int]") -> None:
         """Pass tokens from the window to the store, and forget what the budget has no room for.
 
         `seen`: tokens so far; of each sequence, where padding makes them differ.
         """
-        parts, length = self.parts, self.exact[0].shape[2]
-        taken = parts.sinks if self.sinks is None else 0
-        leaving = max(0, length - parts.window - taken) // self.store.block * self.store.block
-        if leaving < max(1, parts.interval if call.queries.shape[2] == 1 else 1):
+        parts, length, taken = self.parts, self.exact[0].shape[2], self._sinks_due
+        leaving = self._leaving(call.queries.shape[2])
+        if not leaving:
             return
         candidates, first = len(self.store) + leaving, self.aside + taken
         budgets = self._budgets(seen, first + length - taken - leaving)
@@ -169,6 +200,16 @@ class HeadGroup:
         scores = self._pass_on(leaving, scores, first, room.keep)
         if self.real is not None and budgets and scores is not None:
             self._hide_excess(scores, budgets, first)
+
+    @property
+    def _sinks_due(self) -> int:
+        return self.parts.sinks if self.sinks is None else 0
+
+    def _leaving(self, new: int) -> int:
+        """How many tokens leave the window after a call of `new` tokens: all that may, or when generating none yet."""
+        block, spare = self.store.block, self.exact[0].shape[2] - self.parts.window - self._sinks_due
+        count = max(0, spare) // block * block
+        return count if new > 1 or count >= self.parts.interval else 0
 
     def _budgets(self, seen: "int | list[int]", elsewhere: int) -> list[int] | None:
         """Tokens that may lie in the store, of each sequence; None: no limit."""

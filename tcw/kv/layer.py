@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from tcw.errors import TcwError, UsageError
-from tcw.kv import AttentionCall, LayerShape
+from tcw.kv import LayerShape
 from tcw.kv.attention import Attention, mark
 from tcw.kv.groups import HeadGroup
 
@@ -79,6 +79,8 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
                 "give a 2D attention_mask over all tokens so far, as `generate` does",
             )
         real = _real(mask, length)
+        if real is not None and self._real_seen is None and bool(real.all()):
+            real = None  # a mask that hides the future alone
         positions = self._positions(real, length, kwargs.get("position_ids"), keys)
         self.seen += length
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -89,11 +91,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
             mine = (query, keys, values) if heads is None else (query[:, heads], keys[:, kv], values[:, kv])
             group.extend(*mine[1:], real, positions)
             own = mask if heads is None or mask is None or mask.shape[1] == 1 else mask[:, heads]
-            out, held = group.attend(base, module, mine[0], own, length, scaling=scaling, **kwargs)
-            call = AttentionCall(mine[0], *held, group.real, positions, scaling, kwargs.get("softcap"), seen)
-            group.observe(call)
-            group.age(call, seen_each)
-            outs.append(out)
+            outs.append(group.step(base, module, mine[0], own, positions, seen, seen_each, scaling=scaling, **kwargs))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)[:, :, self._order]
 
     @property

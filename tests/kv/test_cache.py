@@ -244,3 +244,25 @@ def test_a_model_that_sees(llama):
     model.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache)
     assert [len(layer.groups[0]) for layer in cache.policy_layers] == [43] * 4
     assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_the_packed_store_is_read_in_place_when_nobody_looks(llama, monkeypatch):
+    """Where the kernel may serve, it gets every call that no scorer looks at, and the answer is the same."""
+    from tcw.kv import fused, groups
+
+    policy = Policy.make("kivi:bits=4,group_size=16", llama)
+    tokens = text(100)
+    expected = said(llama, policy.new_cache(llama), tokens, *(text(1, seed=i) for i in range(20)))
+    calls = []
+
+    def kernel(query, sinks, store, window, scaling, real):
+        calls.append(len(store))
+        parts = [fused.dense_part(query, *side, scaling, None) for side in (store.read(), window)]
+        return fused.merge(parts)[0].to(query.dtype).transpose(1, 2)
+
+    monkeypatch.setattr(groups.HeadGroup, "_on_gpu", staticmethod(lambda query: True))
+    monkeypatch.setattr(fused, "can_fuse", lambda store, query, softcap: True)
+    monkeypatch.setattr(fused, "attention", kernel)
+    found = said(llama, policy.new_cache(llama), tokens, *(text(1, seed=i) for i in range(20)))
+    assert len(calls) >= 4 * 18
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(expected, found, strict=True))

@@ -167,7 +167,7 @@ def test_an_artifact_generates_under_its_policy(saved, tmp_path):
         assert torch.equal(
             model.generate(prompt, max_new_tokens=8, do_sample=False, past_key_values=explicit), expected
         )
-    with pytest.raises(UsageError, match="assistant"):
+    with pytest.raises(UsageError, match="cut back"):
         model.generate(prompt, max_new_tokens=4, assistant_model=model)
 
 
