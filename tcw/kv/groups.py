@@ -125,7 +125,8 @@ class HeadGroup:
         `mask` and `query` as in `attend`, `positions` and `before` as in AttentionCall, `seen` as in `age`.
         """
         softcap, scaling = kwargs.get("softcap"), kwargs["scaling"]
-        if self._on_gpu(query) and self._rests(query):
+        plain = kwargs.get("s_aux") is None and (mask is None or self.real is not None)  # no learned sinks, no own mask
+        if plain and self._on_gpu(query) and self._rests(query):
             from tcw.kv import fused
 
             if fused.can_fuse(self.store, query, softcap):
