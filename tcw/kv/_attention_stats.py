@@ -1,8 +1,8 @@
 """What scorers make of attention: sums over queries, and their smoothing.
 
-A model's fast attention never writes its weights down. They are computed again here, for the queries that a scorer asks
-for, and a block of them at a time, so that memory does not grow with the square of the text. Padding gives no attention
-and gets none.
+A model's fast attention never writes its weights down. They are computed again here, for the queries that a scorer
+asks for, and a block of them at a time, so that memory does not grow with the square of the text. Padding gives no
+attention and gets none.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def newest(call: AttentionCall, count: int) -> Tensor:
 
 
 def attended(call: AttentionCall, rows: Tensor) -> Tensor:
-    """Attention that each token gets, summed over the queries `rows` (int64 [m]) and the query heads that share its head.
+    """Attention that each token gets, summed over the queries `rows` (int64 [m]) and the query heads of a group.
 
     Returns:
         float32 [B, G, n].
@@ -60,16 +60,23 @@ def remembered(memory: Memory, name: str, call: AttentionCall) -> Tensor:
     return call.keys.new_zeros(call.keys.shape[:3], dtype=torch.float32) if held is None else held
 
 
-def candidates(call: AttentionCall, room: Room) -> Tensor | None:
-    """The real tokens of the room that are no sinks, bool [B, 1 or G, n]; None: just those from `first` to `end` - 1.
+def newest_position(call: AttentionCall) -> Tensor:
+    """The position of each sequence's newest real token: int64 [B or 1]."""
+    if call.real is None:
+        return call.positions[:, -1]
+    own = call.real[:, 0, call.real.shape[-1] - call.positions.shape[1] :]
+    return call.positions.masked_fill(~own, 0).amax(-1)
+
+
+def candidates(call: AttentionCall, room: Room) -> Tensor:
+    """The real tokens of the room that are no sinks: bool [B or 1, 1 or G, n].
 
     When tokens age for the first time, sinks still lie where they lie in the text, behind the padding.
     """
+    places = torch.arange(call.keys.shape[2], device=call.keys.device)
     if call.real is None:
-        return None
-    inside = call.real & (call.real.long().cumsum(-1) > room.first)
-    inside[..., room.end :] = False
-    return inside
+        return ((places >= room.first) & (places < room.end))[None, None]
+    return call.real & (call.real.long().cumsum(-1) > room.first) & (places < room.end)
 
 
 def smoothed(values: Tensor, call: AttentionCall, room: Room, kernel: int) -> Tensor:
@@ -84,12 +91,10 @@ def smoothed(values: Tensor, call: AttentionCall, room: Room, kernel: int) -> Te
     Returns:
         float32 [B, G, n], zero for all but candidates.
     """
-    inside = candidates(call, room)
-    n = values.shape[-1]
-    if inside is None:
+    if call.real is None:
         pooled = _mean_of_neighbours(values[..., room.first : room.end], kernel)
-        return torch.nn.functional.pad(pooled, (room.first, n - room.end))
-    inside = inside.expand_as(values)
+        return torch.nn.functional.pad(pooled, (room.first, values.shape[-1] - room.end))
+    inside = candidates(call, room).expand_as(values)
     order = (~inside).to(torch.uint8).argsort(dim=-1, stable=True)  # candidates first
     pooled = _mean_of_neighbours((values * inside).gather(-1, order), kernel)
     return torch.zeros_like(values).scatter(-1, order, pooled) * inside
@@ -102,4 +107,6 @@ def _mean_of_neighbours(values: Tensor, kernel: int) -> Tensor:
 def _blocks(call: AttentionCall, rows: Tensor) -> Iterator[Tensor]:
     batch, heads = call.queries.shape[:2]
     size = max(1, _WEIGHTS // max(1, batch * heads * call.keys.shape[2]))
+    if call.keys.is_meta:  # weights without contents take no room
+        size = max(1, len(rows))
     return iter(rows.split(size)) if len(rows) else iter(())
