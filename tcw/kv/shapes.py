@@ -11,7 +11,7 @@ from tcw.errors import UsageError
 from tcw.kv import LayerShape
 from tcw.kv.attention import decoder_of
 from tcw.kv.rope import FIXED, Rope, read_rope
-from tcw.profile.kv import head_size, kv_heads, numbers
+from tcw.profile.kv import head_size, kv_heads, layer_configs, numbers
 
 _HINT = "compress its weights alone"
 
@@ -31,8 +31,9 @@ def shapes_of_config(config: Any, dtype: torch.dtype = torch.bfloat16) -> tuple[
         raise UsageError(
             f"layers of `{config.model_type}` share keys and values, which KV policies cannot follow", _HINT
         )
-    configs = list(text.per_layer_config)
-    full = [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
+    made = DynamicCache(config=config).layers
+    configs = layer_configs(text, len(made))
+    full = [i for i, layer in enumerate(made) if type(layer) is DynamicLayer]
     if not full:
         raise UsageError(
             f"`{config.model_type}` has no layer with a full KV cache: there is nothing to make smaller", _HINT
@@ -53,7 +54,7 @@ def _shape(config: Any, kind: str, index: int, depth: int, count: int, dtype: to
 
 
 def _rotates(parameters: Any, kind: str) -> bool:
-    """Whether these RoPE parameters, which may differ by kind of layer, rotate by one position and fixed frequencies."""
+    """Whether these RoPE parameters, which may differ by kind of layer, turn by one position and fixed frequencies."""
     own = parameters.get(kind, parameters) if isinstance(parameters, dict) else None
     return isinstance(own, dict) and own.get("rope_type", "default") in FIXED and "mrope_section" not in own
 
@@ -63,8 +64,9 @@ def shapes_of(model: Any) -> tuple[LayerShape, ...]:
     decoder = decoder_of(model)
     text = model.config.get_text_config(decoder=True)
     ropes: dict[str, Rope | None] = {}
-    found, kinds = [], _kinds(text, len(text.per_layer_config))
-    for shape in shapes_of_config(model.config, model.dtype):
+    shapes = shapes_of_config(model.config, model.dtype)
+    found, kinds = [], _kinds(text, max(shape.index for shape in shapes) + 1)
+    for shape in shapes:
         kind = kinds[shape.index]
         if kind not in ropes:
             ropes[kind] = _rope(decoder, shape.index, kind) if shape.rope else None

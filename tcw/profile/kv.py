@@ -111,7 +111,7 @@ def kv_cache(config: Any, element_bytes: int = 2) -> KVCache:
     layers = getattr(text, "num_decoder_layers", None) or numbers(text).get("num_layers")
     if not layers:
         return KVCache(element_bytes=element_bytes, notes=("the configuration does not say how many layers there are",))
-    configs = _layer_configs(text, layers)
+    configs = layer_configs(text, layers)
     groups: Counter[tuple[int, int | None]] = Counter()
     states = 0
     for kind, layer in zip(_kinds(text, configs), configs, strict=True):
@@ -167,7 +167,8 @@ def _get(config: Any, name: str) -> Any:
         return None
 
 
-def _layer_configs(text: Any, layers: int) -> list[Any]:
+def layer_configs(text: Any, layers: int) -> list[Any]:
+    """The configuration of each layer: they may differ."""
     try:
         found = list(text.per_layer_config)
     except Exception:  # older transformers, plain namespaces, models that are built otherwise

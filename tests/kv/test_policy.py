@@ -38,7 +38,7 @@ def test_a_plan_needs_no_calibration(llama, spec):
     config = transformers.AutoConfig.for_model(**llama.config.to_dict())
     planned = Policy({spec: methods.build(spec, {})}, shapes_of_config(config, torch.float32)).plan(300, batch=2)
     assert planned.bytes == pytest.approx(made.bytes, rel=0.15)
-    assert planned.shared_bytes == made.shared_bytes
+    assert planned.shared_bytes >= made.shared_bytes
 
 
 def test_eviction_and_quantisation_combine(llama):
