@@ -25,7 +25,8 @@ from tcw.errors import FormatError, UnknownName, UsageError
 from tcw.folders import folder
 
 OUTPUT_LIMITS = ("max_kl", "min_top1", "max_ppl_rise", "min_greedy")  # on what a model says
-LIMITS = (*OUTPUT_LIMITS, "max_weight_error", "max_bits_per_weight")  # the others are on tensors and files
+KV_LIMITS = ("max_kv_bytes", "max_key_nll_rise", "max_next_nll_rise")  # on a KV-cache policy
+LIMITS = (*OUTPUT_LIMITS, *KV_LIMITS, "max_weight_error", "max_bits_per_weight")  # the last two: tensors and files
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,17 @@ def from_specs(specs: list[str]) -> Recipe:
 def stated_limits(steps: tuple[Step, ...]) -> dict[str, float]:
     """The limits that the methods of a recipe state together.
 
-    A method states them as `limits`, a dict or, where options count, a property. Of what the model says, the loosest
-    holds, and only where no lossy method is silent about it. Bits per weight are the first step's own.
+    A method states them as `limits`, a dict or, where options count, a property. Of methods of one family the loosest
+    holds, and only where no lossy one is silent about it. Bits per weight are the first step's own.
     """
-    built = [step.build() for step in steps if methods.family_of(step.method) == "weights"]
-    lossy = [dict(getattr(method, "limits", {})) for method in built if not method.lossless]
+    built = [step.build() for step in steps]
     merged: dict[str, float] = {}
-    for name in LIMITS:
-        values = [limits[name] for limits in lossy if name in limits]
-        if name != "max_bits_per_weight" and values and len(values) == len(lossy):
-            merged[name] = float(max(values) if name.startswith("max_") else min(values))
+    for family, names in (("weights", (*OUTPUT_LIMITS, "max_weight_error")), ("kv", KV_LIMITS)):
+        lossy = [dict(getattr(m, "limits", {})) for m in built if m.family == family and not m.lossless]
+        for name in names:
+            values = [limits[name] for limits in lossy if name in limits]
+            if values and len(values) == len(lossy):
+                merged[name] = float(max(values) if name.startswith("max_") else min(values))
     first = getattr(built[0], "limits", {}) if built else {}
     if "max_bits_per_weight" in first:
         merged["max_bits_per_weight"] = float(first["max_bits_per_weight"])

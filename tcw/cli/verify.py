@@ -7,7 +7,7 @@ import typer
 
 from tcw.cli import options
 from tcw.cli.output import out
-from tcw.recipe import OUTPUT_LIMITS
+from tcw.recipe import KV_LIMITS, OUTPUT_LIMITS
 from tcw.units import show_seconds
 
 EXAMPLES = (
@@ -15,6 +15,7 @@ EXAMPLES = (
     ("and logits, perplexity and generated tokens", "tcw verify ./smollm2.lossless --reference demo:smollm2"),
     ("exit code 1 past a limit", "tcw verify ./smaller --reference ./model --max-kl 0.02 --max-ppl-rise 0.03"),
     ("what quantisation did to each tensor; no model runs", "tcw verify ./smaller --reference ./model --tensors-only"),
+    ("what the KV policy forgets, against a full cache", "tcw verify ./smaller --suite kv --max-key-nll-rise 0.1"),
 )
 
 SHOWN = 5  # tensors that differ, by name
@@ -57,6 +58,23 @@ MaxBits = Annotated[
         help="Most bits a weight that the first method may have stored, counted in the files.",
     ),
 ]  # fmt: skip
+MaxKVBytes = Annotated[
+    float | None,
+    typer.Option("--max-kv-bytes", metavar="X", min=0, help="Most of a full KV cache's bytes that a policy may hold."),
+]
+MaxKeyRise = Annotated[
+    float | None,
+    typer.Option(
+        "--max-key-nll-rise", metavar="X", min=0, help="Most nats more a token of a passkey, under the policy."
+    ),
+]
+MaxNextRise = Annotated[
+    float | None,
+    typer.Option(
+        "--max-next-nll-rise", metavar="X", min=0,
+        help="Most nats a token that the KV policy may add to text that goes on.",
+    ),
+]  # fmt: skip
 
 
 def verify(
@@ -71,6 +89,9 @@ def verify(
     min_greedy: MinGreedy = None,
     max_weight_error: MaxError = None,
     max_bits_per_weight: MaxBits = None,
+    max_kv_bytes: MaxKVBytes = None,
+    max_key_nll_rise: MaxKeyRise = None,
+    max_next_nll_rise: MaxNextRise = None,
     html: options.Html = None,
     force: options.Force = False,
     device: options.Device = "auto",
@@ -82,7 +103,8 @@ def verify(
 
     The verdict is `identical` (bit for bit), `equivalent` (within the limits) or `different` (exit code 1).
     A lossless artifact needs no reference: it carries a hash of every original tensor. A quantised one does; its
-    recipe or its methods set limits, which the options below override.
+    recipe or its methods set limits, which the options below override. A stored KV policy is measured when there is a
+    reference, and by `--suite kv` without one.
     """
     out.configure(json, quiet, verbose)
     options.check_free(html, force)
@@ -92,6 +114,7 @@ def verify(
     limits = {
         "max_kl": max_kl, "min_top1": min_top1, "max_ppl_rise": max_ppl_rise, "min_greedy": min_greedy,
         "max_weight_error": max_weight_error, "max_bits_per_weight": max_bits_per_weight,
+        "max_kv_bytes": max_kv_bytes, "max_key_nll_rise": max_key_nll_rise, "max_next_nll_rise": max_next_nll_rise,
     }  # fmt: skip
     with out.progress() as progress:
         verdict = verification.verify(
@@ -117,8 +140,14 @@ def verify(
 
 
 def show(data: dict[str, Any]) -> None:
-    """Print the checks as a table, the limits as another, and the verdict."""
+    """Print the checks as a table, the KV policy and the limits as two more, and the verdict."""
     out.table(("check", "result"), _rows(data))
+    if kv := data.get("kv"):
+        from tcw.verify import kv_report
+
+        out.text()
+        out.table(("KV policy", "reference", "artifact"), [row[:3] for row in kv_report.rows(kv)])
+        out.text(kv_report.WHY_BOTH)
     limits = [
         (limit["name"], _number(limit["value"]), _number(limit["limit"]), "pass" if limit["ok"] else "FAIL")
         for limit in data.get("limits") or []
@@ -148,6 +177,10 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         measured = data.get(section) or {}
         if any(value is not None for value in measured.values()):
             rows += lines(measured)
+    if kv := data.get("kv"):
+        from tcw.verify import kv_report
+
+        rows += kv_report.gate_rows(kv)
     skipped = data.get("skipped") or {}
     # a limit on output that was not compared at all needs no line of its own
     shown = [name for name in skipped if "outputs" not in skipped or name not in OUTPUT_LIMITS]
@@ -188,12 +221,27 @@ def _generation(generation: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _say_why(data: dict[str, Any]) -> None:
     past = [each["name"] for each in data.get("limits") or [] if not each["ok"]]
+    failed = list(data.get("failed") or {})
     if out.mode == "json":
         return
-    if past:
+    if failed:
+        out.error(f"failed: {', '.join(failed)}", "`--json` has the numbers; a KV policy that fails must not be used")
+    elif past:
         out.error(f"past {'its limit' if len(past) == 1 else 'its limits'}: {', '.join(past)}")
+    elif _unlimited(data):
+        out.error(
+            "the KV policy changes what the model says, and no limit says how much it may",
+            "`--max-key-nll-rise X` and `--max-next-nll-rise X`, or the same in the recipe",
+        )
     else:
         out.error("the artifact differs from its source", "`tcw info` shows its methods; compress the model again")
+
+
+def _unlimited(data: dict[str, Any]) -> bool:
+    """Whether all that stands against the artifact is a KV policy that no limit was set on."""
+    limits = {limit["name"] for limit in data.get("limits") or []}
+    likeness = set(KV_LIMITS) - {"max_kv_bytes"}
+    return bool(data.get("kv")) and not limits & likeness and bool(limits or not data["tensors"]["different"])
 
 
 def _number(value: float | None) -> str:

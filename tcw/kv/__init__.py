@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from tcw.kv.stores import Store
 
 ENGINE = (
-    "attention", "cache", "calibrate", "fused", "groups", "layer", "masks", "passes", "plan", "policy", "rope", "shapes",
-    "stored", "stores",
+    "attention", "cache", "calibrate", "fused", "groups", "layer", "masks", "passes", "plan", "policy", "rope",
+    "shapes", "stored", "stores",
 )  # fmt: skip
 
 
@@ -171,7 +171,13 @@ class KVMethod(Method):
     family: ClassVar[str] = "kv"
     needs_rope: ClassVar[bool] = False
     reindexes: ClassVar[bool] = False  # keys are rotated to their place in the cache, not in the text, when read
+    counts_padding: ClassVar[bool] = False  # a text behind padding is not treated as it would be alone
     wraps: ClassVar[bool] = False  # `store` wraps what other methods chose, and goes with any of them
+
+    limits: ClassVar[dict[str, float]] = {
+        "max_key_nll_rise": 0.5,
+        "max_next_nll_rise": 0.05,
+    }  # for `tcw verify`, in nats
 
     sinks: int = 0  # first tokens that stay exact and are never forgotten
     window: int = 0  # newest tokens, likewise

@@ -1,12 +1,15 @@
 """Verify: an artifact against its source, and the answer is the exit code.
 
     tensors   every tensor decoded, its SHA-256 against the manifest; with a reference, byte for byte against it
-    suites    with a reference: what both models put out for the same inputs (tcw/verify/suites, one suite a file)
+    suites    with a reference: what both models put out for the same inputs (tcw/verify/suites, one suite a file);
+              of a stored KV-cache policy also whether it computes what it should, and what it costs
     weights   the largest relative error of a tensor, and the bits per weight that lie in the files
     limits    what the recipe or the caller allows; only a limit that was measured and holds can make "equivalent"
 
 Models run with decoded weights, in float32 where that fits: what is judged is the weights, not a kernel that multiplies
 with them. Only FP8 artifacts that quantise the inputs of layers as well are run in that way ("packed").
+
+The weights are judged with a full KV cache, the policy by the suite `kv` alone.
 
 "identical": every file and tensor is bit for bit what it should be, and so is all output that was compared.
 "equivalent": something differs, and every limit that was measured holds. "different": anything else.
@@ -14,14 +17,14 @@ with them. Only FP8 artifacts that quantise the inputs of layers as well are run
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from tcw.artifact import Artifact
 from tcw.errors import SourceError, UnknownName, UsageError
 from tcw.events import Report, silent
-from tcw.recipe import LIMITS, OUTPUT_LIMITS
+from tcw.recipe import KV_LIMITS, LIMITS, OUTPUT_LIMITS
 from tcw.source import Source
 from tcw.verify import suites as registry
 from tcw.verify.suites import Job, Measured
@@ -49,7 +52,8 @@ def verify(
     Args:
         artifact: what to judge; any source can be judged against a reference, an artifact also against its manifest.
         reference: the model it should be.
-        suites: names of further suites to run; `outputs` always runs when there is a reference.
+        suites: names of further suites to run; `outputs` always runs when there is a reference, `kv` too where the
+            artifact stores a KV policy, or when a limit on one is given.
         tensors_only: compare no output, run no model.
         text: a UTF-8 file to measure perplexity on instead of the bundled text.
         limits: values that override the recipe's, by the names in tcw.recipe.LIMITS; None leaves the recipe's.
@@ -63,15 +67,11 @@ def verify(
     """
     start = time.monotonic()
     asked = _check_limits(limits or {})
-    names = list(dict.fromkeys(suites))
-    runs = [registry.get(name) for name in names]
-    _check_run(tensors_only, bool(names), any(name in OUTPUT_LIMITS for name in asked))
-    _check_reference(artifact, reference, [name for name in asked if name != "max_bits_per_weight"])
-    if reference is not None and not tensors_only and "outputs" not in names:
-        runs.insert(0, registry.get("outputs"))
+    _check_reference(artifact, reference, [n for n in asked if n not in ("max_bits_per_weight", *KV_LIMITS)])
+    names = _choose_suites(list(dict.fromkeys(suites)), artifact, reference is not None, asked, tensors_only)
     job = Job(artifact, reference, _read_text(text), device, progress)
     tensors = check_tensors(artifact, reference, progress)
-    measured = _run(runs, job, "only tensors were asked for" if tensors_only else "", tensors.damaged)
+    measured = _run(names, job, "only tensors were asked for" if tensors_only else "", tensors.damaged)
     recipe = artifact.limits() if isinstance(artifact, Artifact) else {}
     measured.sections["weights"] = weigh(artifact, tensors, reference is not None)
     if tensors.unexplained:
@@ -79,7 +79,7 @@ def verify(
         measured.skipped["weight error"] = f"{count} rewritten in a way that cannot be repeated here"
     held = hold(recipe, asked, measured.sections, measured.skipped)
     verdict = Verdict(
-        verdict=decide(tensors, measured.identical, held),
+        verdict=decide(tensors, measured.identical, held, measured.failed, measured.lossy),
         artifact=artifact.id,
         reference=reference.id if reference else None,
         tensors=tensors,
@@ -88,6 +88,7 @@ def verify(
         sequences=measured.sequences,
         skipped=measured.skipped,
         seconds=time.monotonic() - start,
+        failed=measured.failed,
     )
     if isinstance(artifact, Artifact):
         with suppress(OSError):  # a read-only folder can be verified, it just cannot remember it
@@ -95,19 +96,46 @@ def verify(
     return verdict
 
 
-def _run(runs: list[Callable[[Job], Measured]], job: Job, why_not: str, damaged: bool) -> Measured:
-    """Run the suites, or say in `skipped` why no output was compared."""
+def _choose_suites(
+    names: list[str], artifact: Source, reference: bool, asked: dict[str, float], tensors_only: bool
+) -> list[str]:
+    """The suites to run: what was asked for, and what goes without saying. Refuses what cannot run."""
+    for name in names:
+        registry.get(name)
+    limited = any(name in KV_LIMITS for name in asked)
+    _check_run(tensors_only, bool(names), limited or any(name in OUTPUT_LIMITS for name in asked))
+    if tensors_only:
+        return []
+    if reference and "outputs" not in names:
+        names = ["outputs", *names]
+    if "kv" not in names and (limited or (reference and _has_policy(artifact))):
+        names = [*names, "kv"]
+    if "kv" in names and not _has_policy(artifact):
+        raise UsageError(
+            f"`{artifact.id}` stores no KV policy", "`tcw methods` lists those of the family kv; compress with one"
+        )
+    return names
+
+
+def _run(names: list[str], job: Job, why_not: str, damaged: bool) -> Measured:
+    """Run the suites, or say in `skipped` why they were not run."""
     measured = Measured()
-    if not why_not and not runs:
-        why_not = "there is no reference to compare with"
-    elif not why_not and damaged:
+    if not why_not and damaged:
         why_not = "the artifact is damaged"
-    if why_not:
-        measured.skipped["outputs"] = why_not
-        return measured
-    for run in runs:
-        measured.add(run(job))
+    ready = [] if why_not else names
+    if "outputs" not in ready:
+        measured.skipped["outputs"] = why_not or "there is no reference to compare with"
+    if "kv" not in ready and _has_policy(job.artifact):
+        measured.skipped["kv"] = why_not or "`--suite kv` measures what the stored KV policy costs"
+    for name in ready:
+        measured.add(registry.get(name)(job))
     return measured
+
+
+def _has_policy(artifact: Source) -> bool:
+    """Whether an artifact says that it stores a KV policy."""
+    stored = artifact.manifest.get("policies", []) if isinstance(artifact, Artifact) else []
+    return any(isinstance(entry, dict) and entry.get("family") == "kv" for entry in stored)
 
 
 def _check_limits(limits: dict[str, float | None]) -> dict[str, float]:

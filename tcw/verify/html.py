@@ -6,6 +6,7 @@ from typing import Any
 
 import jinja2
 
+from tcw.verify import kv_report
 from tcw.verify.verdict import Limit, Verdict
 
 _TEMPLATE = Path(__file__).with_name("verdict.html.j2")
@@ -15,7 +16,7 @@ _MEANING = {
     "different": "not what it should be",
 }
 _SHOWN = 200  # tensors that differ, in the page
-_PLAIN = ("max_kl", "max_weight_error", "max_bits_per_weight")  # limits that are no percentages
+_PERCENT = ("min_top1", "max_ppl_rise", "min_greedy", "max_kv_bytes")  # limits that are shares
 
 
 def render(verdict: Verdict) -> str:
@@ -31,6 +32,9 @@ def render(verdict: Verdict) -> str:
         checks=_checks(verdict),
         differing=differing[:_SHOWN],
         hidden=max(0, len(differing) - _SHOWN),
+        kv=_kv(verdict),
+        gates=kv_report.gate_rows(verdict.sections["kv"]) if "kv" in verdict.sections else [],
+        why_both=kv_report.WHY_BOTH,
         bars=_bars(verdict),
         texts=[s for s in verdict.sequences if s.perplexity],
     )
@@ -86,8 +90,15 @@ def _limit(limits: dict[str, Limit], name: str, exact: bool) -> tuple[str, bool]
     if limit is None:
         return "", exact
     side = "at most" if name.startswith("max_") else "at least"
-    shown = _number(limit.limit) if name in _PLAIN else _percent(limit.limit)
+    shown = _percent(limit.limit) if name in _PERCENT else _number(limit.limit)
     return f"{side} {shown}", limit.ok
+
+
+def _kv(verdict: Verdict) -> list[tuple[str, str, str, str, bool]]:
+    """Rows of (measurement, reference, artifact, limit, holds)."""
+    limits = {limit.name: limit for limit in verdict.limits}
+    found = kv_report.rows(verdict.sections["kv"]) if "kv" in verdict.sections else []
+    return [(row.name, row.reference, row.artifact, *_limit(limits, row.limit, True)) for row in found]
 
 
 def _bars(verdict: Verdict) -> list[dict[str, Any]]:

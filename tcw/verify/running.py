@@ -9,9 +9,10 @@ import torch
 
 from tcw.artifact import Artifact
 from tcw.device import pick
-from tcw.errors import SourceError
+from tcw.errors import SourceError, TcwError
 from tcw.source import Source
 from tcw.verify.inputs import Feed
+from tcw.verify.kv_tasks import full_cache
 
 
 def residency_of(source: Source) -> str:
@@ -61,9 +62,11 @@ def output(model: Any, feed: Feed) -> tuple[torch.Tensor, bool]:
 
 def greedy(model: Any, feed: Feed, count: int) -> list[int]:
     """The `count` most likely next tokens, one after another; an end-of-text token is passed over."""
-    inputs = _placed(model, feed)
+    inputs: dict[str, Any] = {**_placed(model, feed)}
     inputs.pop("decoder_input_ids", None)
     ids = inputs.pop("input_ids")
+    if getattr(model, "kv_policy", None) is not None:
+        inputs["past_key_values"] = full_cache(model)  # the weights are judged here; the suite `kv` judges the policy
     pad = model.generation_config.pad_token_id
     with torch.inference_mode():
         tokens = model.generate(
@@ -71,6 +74,16 @@ def greedy(model: Any, feed: Feed, count: int) -> list[int]:
             do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, pad_token_id=pad or 0,
         )  # fmt: skip
     return tokens[0, -count:].tolist()
+
+
+def tokenizer_of(source: Source) -> Any | None:
+    """A model's tokenizer, or None when it has none that can be used: a vision model, or a folder of bare weights."""
+    from tcw.runtime.load import tokenizer
+
+    try:
+        return tokenizer(source)
+    except (TcwError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _placed(model: Any, feed: Feed) -> dict[str, torch.Tensor]:

@@ -1,20 +1,27 @@
 """The verdict: what was compared, what it came to, and the exit code that follows."""
 
 import math
+from collections.abc import Collection, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from tcw.recipe import OUTPUT_LIMITS
+from tcw.recipe import KV_LIMITS, OUTPUT_LIMITS
 
-# a limit -> the section and key of the measurement it holds; `max_` and `min_` say which side is good
-MEASURES: dict[str, tuple[str, str]] = {
+# a limit -> the section and keys of the measurement it holds; `max_` and `min_` say which side is good
+MEASURES: dict[str, tuple[str, ...]] = {
     "max_kl": ("logits", "mean_kl"),
     "min_top1": ("logits", "top1_agreement"),
     "max_ppl_rise": ("perplexity", "rise"),
     "min_greedy": ("generation", "agreement"),
     "max_weight_error": ("weights", "max_error"),
     "max_bits_per_weight": ("weights", "bits_per_weight"),
+    "max_kv_bytes": ("kv", "bytes_ratio"),
+    "max_key_nll_rise": ("kv", "key_nll", "rise"),
+    "max_next_nll_rise": ("kv", "next_nll", "rise"),
 }
+SIZES = ("max_bits_per_weight", "max_kv_bytes")  # limits that say nothing of likeness
+
+_SUITE_LIMITS = {"outputs": OUTPUT_LIMITS, "kv": KV_LIMITS}
 
 # what a verdict always shows; null is "not measured"
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -89,7 +96,10 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer of `tcw verify`: "identical", "equivalent" or "different", and everything it rests on."""
+    """The answer of `tcw verify`: "identical", "equivalent" or "different", and everything it rests on.
+
+    `failed` are checks that no limit can make up for, each with what went wrong.
+    """
 
     verdict: str
     artifact: str
@@ -100,6 +110,7 @@ class Verdict:
     sequences: list[Sequence] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -119,7 +130,7 @@ class Verdict:
             "tensors": self.tensors.to_json(),
             **{name: blank.get(name, {}) | self.sections.get(name, {}) for name in {**blank, **self.sections}},
             "limits": [{"name": l.name, "value": l.value, "limit": l.limit, "ok": l.ok} for l in self.limits],
-            "skipped": self.skipped, "seconds": self.seconds,
+            "failed": self.failed, "skipped": self.skipped, "seconds": self.seconds,
         }  # fmt: skip
         return _finite(table)
 
@@ -132,14 +143,16 @@ def hold(
     A recipe's limit on something that was not measured is noted in `skipped`; one that the caller asked for fails.
     """
     held = []
-    for name, (section, key) in MEASURES.items():
+    for name, (section, *keys) in MEASURES.items():
         if name not in recipe and name not in asked:
             continue
         limit = asked.get(name, recipe.get(name, 0.0))
-        value = sections.get(section, {}).get(key)
+        value: Any = sections.get(section, {})
+        for key in keys:
+            value = (value or {}).get(key)
         if value is None and name not in asked:
-            if name not in OUTPUT_LIMITS or "outputs" not in skipped:  # that says it already
-                skipped[name] = f"{section}.{key} was not measured"
+            if not _explained(name, skipped):
+                skipped[name] = f"{'.'.join((section, *keys))} was not measured"
             continue
         # a value that is no number fails: every comparison with it is false
         ok = value is not None and (value <= limit if name.startswith("max_") else value >= limit)
@@ -147,13 +160,28 @@ def hold(
     return held
 
 
-def decide(tensors: TensorReport, same_output: bool, limits: list[Limit]) -> str:
-    """The verdict. Without a limit that was measured and holds, what differs is "different"; size is no likeness."""
-    if tensors.damaged or not all(l.ok for l in limits):
+def _explained(limit: str, skipped: dict[str, str]) -> bool:
+    """Whether `skipped` says already why this limit has no value: its suite was not run."""
+    return any(suite in skipped and limit in names for suite, names in _SUITE_LIMITS.items())
+
+
+def decide(
+    tensors: TensorReport,
+    same_output: bool,
+    limits: list[Limit],
+    failed: Collection[str] = (),
+    lossy: Set[str] = frozenset(),
+) -> str:
+    """The verdict. Without a limit that was measured and holds, what differs is "different"; size is no likeness.
+
+    Nothing makes up for a check in `failed`. Each section in `lossy` needs a limit of its own.
+    """
+    if tensors.damaged or failed or not all(l.ok for l in limits):
         return "different"
     if not tensors.different and same_output:
         return "identical"
-    return "equivalent" if any(l.name != "max_bits_per_weight" for l in limits) else "different"
+    bounded = {MEASURES[l.name][0] for l in limits if l.name not in SIZES}
+    return "equivalent" if bounded and lossy <= bounded else "different"
 
 
 def _finite(value: Any) -> Any:

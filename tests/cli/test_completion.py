@@ -30,7 +30,7 @@ def complete(line: str, shell: str = "bash") -> str:
     [
         ("tcw comp", "compress"), ("tcw compress x --method ", "dfloat11"), ("tcw compress x -m dfl", "dfloat11"),
         ("tcw compress x --recipe ", "lossless"), ("tcw export x --to ", "hf"), ("tcw export x --to df", "dfloat11"),
-        ("tcw methods ", "dfloat11"), ("tcw verify x --suite ", "outputs"),
+        ("tcw methods ", "dfloat11"), ("tcw verify x --suite ", "kv"),
         ("tcw run x y --residency h", "huffman"),
     ],
 )  # fmt: skip

@@ -24,6 +24,16 @@ LOSSY: dict[str, Any] = {
     "skipped": {}, "seconds": 38.04,
 }  # fmt: skip
 
+KV: dict[str, Any] = {
+    "bytes_ratio": 0.253, "key_nll": {"reference": 0.05, "artifact": 1.5}, "exact": {"reference": 1, "artifact": 0.15},
+    "next_nll": {"reference": 3.0, "artifact": 3.25, "rise": 0.25}, "span_copy": {"reference": 0.941, "artifact": 0.4},
+    "tokens_per_second": {"reference": 20.0, "artifact": 18.0, "ratio": 0.9}, "context": 1000,
+    "bytes": {"bfloat16": {"full": 23_040_000, "policy": 5_829_120}},
+    "gates": {"everything": {"ok": True, "error": 0.0, "bound": 0.0, "note": ""},
+              "forgotten": {"ok": None, "error": None, "bound": None, "note": "nothing is forgotten"},
+              "padding": {"ok": True, "error": 1e-6, "bound": 1e-5, "note": ""}},
+}  # fmt: skip
+
 
 @dataclass
 class FakeVerdict:
@@ -111,14 +121,15 @@ def test_options_reach_the_work(tcw: Run, judged: Any, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     tcw("verify", "a", "--reference", "b", "--suite", "outputs", "--text", text, "--max-kl", 0.5, "--min-top1", 0.9,
         "--max-ppl-rise", 0.1, "--min-greedy", 0.25, "--max-weight-error", 0.3, "--max-bits-per-weight", 4.5,
-        "--device", "cpu")  # fmt: skip
+        "--max-kv-bytes", 0.25, "--max-key-nll-rise", 0.5, "--max-next-nll-rise", 0.05, "--device", "cpu")  # fmt: skip
     artifact, reference, options = calls[0]
     assert (artifact, reference) == ("opened a", "opened b")
     del options["progress"]
     assert options == {
         "suites": ("outputs",), "tensors_only": False, "text": text, "device": "cpu",
         "limits": {"max_kl": 0.5, "min_top1": 0.9, "max_ppl_rise": 0.1, "min_greedy": 0.25, "max_weight_error": 0.3,
-                   "max_bits_per_weight": 4.5},
+                   "max_bits_per_weight": 4.5, "max_kv_bytes": 0.25, "max_key_nll_rise": 0.5,
+                   "max_next_nll_rise": 0.05},
     }  # fmt: skip
     tcw("verify", "a", "--tensors-only")
     assert calls[1][1] is None
@@ -138,6 +149,59 @@ def test_html(tcw: Run, judged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert f"`{report}` exists" in refused.err
     assert tcw("verify", "a", "--html", report, "--force").code == 0
     assert list(tmp_path.iterdir()) == [report]
+
+
+def test_a_kv_policy(tcw: Run, judged: Any) -> None:
+    judged(LOSSY | {"kv": KV})
+    human = tcw("verify", "a", "--suite", "kv")
+    assert (human.code, human.err) == (0, "")
+    assert human.out.splitlines()[13:27] == [
+        "generation    37 of 64 tokens identical before the first other one",
+        "KV exactness  everything, padding: hold",
+        "  no check    forgotten: nothing is forgotten",
+        "",
+        "KV policy                        reference  artifact",
+        "bytes after 1,000 tokens (BF16)    23.0 MB    5.8 MB",
+        "share of a full cache              100.0 %    25.3 %",
+        "passkeys found                     100.0 %    15.0 %",
+        "passkey, nats a token                 0.05       1.5",
+        "passage copied, tokens right        94.1 %    40.0 %",
+        "following text, nats a token             3      3.25",
+        "following text, perplexity           20.09     25.79",
+        "tokens a second, here                   20        18",
+        "Retrieval and perplexity, because neither says enough alone: prose goes on well without what was forgotten.",
+    ]
+
+
+def test_a_kv_policy_that_fails(tcw: Run, judged: Any) -> None:
+    gates = KV["gates"] | {"padding": {"ok": False, "error": 0.5, "bound": 1e-5, "note": "32 tokens"}}
+    judged(LOSSY | {"verdict": "different", "kv": KV | {"gates": gates}, "failed": {"kv padding": "an error"}})
+    human = tcw("verify", "a", "--suite", "kv")
+    assert human.code == 1
+    assert "  FAIL        padding: an error of 0.5, at most 1e-05 (32 tokens)" in human.out
+    assert human.err.startswith("error: failed: kv padding\n")
+
+
+def test_a_kv_policy_without_a_limit(tcw: Run, judged: Any) -> None:
+    judged(LOSSY | {"verdict": "different", "kv": KV})
+    assert "no limit says how much it may" in tcw("verify", "a", "--suite", "kv").err
+    judged(LOSSY | {"verdict": "different", "kv": KV, "limits": []})
+    assert "differs from its source" in tcw("verify", "a", "--suite", "kv").err, "so do its tensors"
+
+
+def test_a_kv_policy_for_real(tcw: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    methods, artifact = ("-m", "dfloat11", "-m", "snapkv:ratio=0.5"), tmp_path / "small"
+    assert tcw("compress", tiny_llama, *methods, "-o", artifact, "-q").code == 0
+    good = tcw("verify", artifact, "--suite", "kv", "--max-key-nll-rise", 20, "--device", "cpu")
+    assert good.code == 0
+    assert "everything, forgotten, padding, reordering, bytes: hold" in good.out
+    plain = tcw("verify", artifact)
+    assert plain.code == 0
+    assert "--suite kv" in plain.out
+    assert tcw("compress", tiny_llama, "-m", "dfloat11", "-o", tmp_path / "none", "-q").code == 0
+    refused = tcw("verify", tmp_path / "none", "--suite", "kv")
+    assert (refused.code, refused.out) == (2, "")
+    assert "stores no KV policy" in refused.err
 
 
 def test_for_real(tcw: Run, tiny_llama: Path, tmp_path: Path) -> None:

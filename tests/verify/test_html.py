@@ -92,6 +92,27 @@ def test_page_shows_limits_on_tensors_bytes_and_generation() -> None:
     assert (page.count(">pass<"), page.count(">fail<")) == (2, 1)
 
 
+def test_page_shows_what_failed_and_the_kv_policy() -> None:
+    verdict = full("different")
+    gate = {"ok": False, "error": 0.5, "bound": 1e-5, "note": EVIL}
+    verdict.sections["kv"] = {
+        "bytes_ratio": 0.253, "context": 1000,
+        "key_nll": {"reference": 0.05, "artifact": 1.5}, "exact": {"reference": 1, "artifact": 0.1},
+        "next_nll": {"reference": 3.0, "artifact": 3.25}, "span_copy": {"reference": 0.9, "artifact": 0.4},
+        "tokens_per_second": {"reference": 20.0, "artifact": 18.0, "ratio": 0.9},
+        "bytes": {"bfloat16": {"full": 23_040_000, "policy": 5_829_120}}, "gates": {"forgotten": gate},
+    }  # fmt: skip
+    limits = [Limit("max_kv_bytes", 0.253, 0.3, True), Limit("max_key_nll_rise", 1.5, 0.5, False)]
+    page = render(dataclasses.replace(verdict, limits=limits, failed={"kv forgotten": EVIL}))
+    for text in ("5.8 MB", "25.3 %", "at most 30.00 %", "at most 0.5", "90.0 %", "20.09", "kv forgotten: failed"):
+        assert text in page, text
+    assert (page.count(">pass<"), page.count(">fail<")) == (1, 1)
+    assert EVIL not in page
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+
+
 def test_page_without_a_reference() -> None:
     page = render(Verdict("identical", "a", None, TensorReport(5), skipped={"outputs": "no reference"}))
     assert "against its own manifest" in page

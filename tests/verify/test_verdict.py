@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,35 @@ def test_decide(tensors: TensorReport, same_output: bool, limits: list[Limit], e
     assert decide(tensors, same_output, limits) == expected
 
 
+def test_a_failed_check_or_a_section_without_a_limit_is_different() -> None:
+    key, size = Limit("max_key_nll_rise", 0.1, 0.2, True), Limit("max_kv_bytes", 0.4, 0.5, True)
+    assert decide(SAME, True, [GOOD], failed={"kv everything": "an error"}) == "different"
+    assert decide(SAME, False, [GOOD], lossy={"kv"}) == "different"
+    assert decide(SAME, False, [GOOD, size], lossy={"kv"}) == "different"
+    assert decide(SAME, False, [key], lossy={"kv"}) == "equivalent"
+    assert decide(OTHER, False, [GOOD, key, size], lossy={"kv"}) == "equivalent"
+    assert decide(SAME, True, [], lossy=set()) == "identical"
+
+
+def test_hold_finds_nested_measurements() -> None:
+    sections = {"kv": {"bytes_ratio": 0.4, "key_nll": {"artifact": 0.4, "rise": 0.3}, "next_nll": {"rise": -0.1}}}
+    wanted = {"max_kv_bytes": 0.4, "max_key_nll_rise": 0.2, "max_next_nll_rise": 0.0}
+    assert hold(wanted, {}, sections, {}) == [
+        Limit("max_kv_bytes", 0.4, 0.4, True),
+        Limit("max_key_nll_rise", 0.3, 0.2, False),
+        Limit("max_next_nll_rise", -0.1, 0.0, True),
+    ]
+    skipped: dict[str, str] = {}
+    assert hold(wanted, {}, {}, skipped) == []
+    assert skipped["max_key_nll_rise"] == "kv.key_nll.rise was not measured"
+    skipped = {"kv": "no reference"}
+    assert hold(wanted, {}, {}, skipped) == []
+    assert skipped == {"kv": "no reference"}, "that says it already"
+    assert hold({}, {"max_key_nll_rise": 1.0}, {"kv": {"key_nll": None}}, {}) == [
+        Limit("max_key_nll_rise", None, 1.0, False)
+    ]
+
+
 def test_the_exit_code_is_the_verdict() -> None:
     for word, code in (("identical", 0), ("equivalent", 0), ("different", 1)):
         verdict = Verdict(word, "a", None, SAME)
@@ -66,8 +96,11 @@ def test_what_was_not_measured_fails_only_when_asked_for() -> None:
 
 
 def test_no_number_never_holds() -> None:
-    for name, (section, key) in MEASURES.items():
-        assert not hold({name: 1e9 if "max" in name else 0.0}, {}, {section: {key: math.nan}}, {})[0].ok
+    for name, (section, *keys) in MEASURES.items():
+        found: Any = math.nan
+        for key in reversed(keys):
+            found = {key: found}
+        assert not hold({name: 1e9 if "max" in name else 0.0}, {}, {section: found}, {})[0].ok
 
 
 def test_json_has_every_key_and_no_nan() -> None:

@@ -36,17 +36,23 @@ class Measured:
         identical: False once any output of the two models differed in a bit.
         sequences: one entry for each input, for the report.
         skipped: what could not be measured, and why.
+        lossy: sections whose own subject, not the weights, makes outputs differ: a limit on them must say how much.
+        failed: checks that no limit can make up for, and what went wrong.
     """
 
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     identical: bool = True
     sequences: list[Sequence] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    lossy: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def add(self, other: "Measured") -> None:
         """Take in what another suite found."""
         self.sections |= other.sections
         self.identical &= other.identical
+        self.lossy |= other.lossy
+        self.failed |= other.failed
         self.sequences += other.sequences
         self.skipped |= other.skipped
 

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from tcw.data import evaluation_text
-from tcw.errors import TcwError, UsageError
+from tcw.errors import UsageError
 from tcw.events import Progress
-from tcw.source import Source
 from tcw.verify.compare import compare, nll, worst
 from tcw.verify.inputs import Feed, Plan, plan_inputs
-from tcw.verify.running import greedy, loaded, output, residency_of
+from tcw.verify.running import greedy, loaded, output, residency_of, tokenizer_of
 from tcw.verify.suites import Job, Measured
 from tcw.verify.verdict import Sequence
 
@@ -24,7 +23,7 @@ def run(job: Job) -> Measured:
     """Run the reference, then the artifact, on the same inputs. Raises UsageError without a reference."""
     if job.reference is None:
         raise UsageError("the suite `outputs` needs a reference to compare with", "`--reference MODEL`")
-    tokenizer = _tokenizer(job.reference)
+    tokenizer = tokenizer_of(job.reference)
     with loaded(job.reference, job.device) as model:
         plan = plan_inputs(model, tokenizer, evaluation_text() if job.text is None else job.text)
         expected = [_run_one(job, "reference", model, plan, i) for i in range(len(plan.feeds))]
@@ -100,13 +99,3 @@ def _agreed(wanted: list[int], tokens: list[int]) -> int:
     """Tokens up to the first that differs: what follows it answers another prompt."""
     pairs = enumerate(zip(wanted, tokens, strict=True))
     return next((i for i, (a, b) in pairs if a != b), len(wanted))
-
-
-def _tokenizer(source: Source) -> Any | None:
-    """The reference's tokenizer, or None when it has none that can be used."""
-    from tcw.runtime.load import tokenizer
-
-    try:
-        return tokenizer(source)
-    except (TcwError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # a vision model, or a folder of bare weights
