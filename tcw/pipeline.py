@@ -138,7 +138,7 @@ def compress(
     start, settings = time.monotonic(), calibration or Settings()
     source, notes = _rotated(source, steps, check=True)
     inputs = _inputs(source, steps, settings)  # what is wrong with them shows before the work
-    store_policies = _policies(source, policies, settings)
+    kv, store_policies = _kv_plan(source, policies), _policies(source, policies, settings)
     writer = ArtifactWriter(source, recipe.to_json(), out, _part_names(steps), force=force, resume=resume)
     hasher = ThreadPoolExecutor(1)
     try:
@@ -156,7 +156,7 @@ def compress(
         hasher.shutdown(wait=False, cancel_futures=True)
         writer.close()
     report = _report(source, recipe, writer, artifact, time.monotonic() - start, workers, notes)
-    return replace(report, kv=_kv_plan(source, policies))
+    return replace(report, kv=kv)
 
 
 def _policies(source: Source, policies: tuple[Step, ...], settings: Settings) -> StorePolicies | None:

@@ -101,4 +101,4 @@ def calibrated(policy: "Policy", model: Any, tokens: Tensor | None, seed: int = 
                 f"`{name}` measured `{bad[0]}` as not finite", "the model's activations overflow: use float32"
             )
         found[name] = measured
-    return replace(policy, tensors=found)
+    return type(policy)(policy.methods, policy.layers, found)

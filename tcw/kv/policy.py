@@ -39,6 +39,7 @@ class Policy:
     methods: dict[str, KVMethod]
     layers: tuple[LayerShape, ...]
     tensors: Tensors = field(default_factory=dict)
+    _moved: dict[tuple[str, torch.device], dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check(self.methods, self.layers)
@@ -105,7 +106,10 @@ class Policy:
         return next(((n, m) for n, m in self.methods.items() if _allocates(m)), ("", None))
 
     def _on(self, name: str, device: torch.device) -> dict[str, Tensor]:
-        return {key: tensor.to(device) for key, tensor in self.tensors.get(name, {}).items()}
+        """What a method measured, on a device: moved there once for all layers and caches."""
+        if (name, device) not in self._moved:
+            self._moved[name, device] = {key: tensor.to(device) for key, tensor in self.tensors.get(name, {}).items()}
+        return self._moved[name, device]
 
     def _parts(self, layer: LayerShape, device: torch.device, track: bool) -> list[GroupParts]:
         groups = self.groups(layer)
