@@ -33,6 +33,10 @@ class Method:
     needs_calibration: ClassVar[bool] = False
     paper: ClassVar[str] = ""
 
+    def reads_text(self) -> bool:
+        """Say whether, with these options, the method is calibrated on a text."""
+        return self.needs_calibration
+
     def options(self) -> dict[str, Any]:
         """Every option with its value, defaults filled in, as plain JSON values."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]

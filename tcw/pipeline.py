@@ -91,7 +91,7 @@ def _kv_plan(source: Source, policies: tuple[Step, ...]) -> "KVPlan | None":
         return None
     from tcw.kv import passes
 
-    return passes.plan(source, policies, KV_CONTEXT)
+    return passes.outlined(source, policies).plan(KV_CONTEXT)
 
 
 def _plan_tensor(source: Source, info: TensorInfo, steps: tuple[Step, ...]) -> PlannedTensor:
@@ -165,8 +165,9 @@ def _policies(source: Source, policies: tuple[Step, ...], settings: Settings) ->
         return None
     from tcw.kv import passes
 
-    tokens = passes.calibration_tokens(source, policies, settings)
-    return lambda artifact: passes.write(artifact, policies, tokens, settings.device)
+    policy = passes.outlined(source, policies)
+    text = passes.calibration_text(source, policy, settings)
+    return lambda artifact: passes.write(artifact, policy, text, settings.device)
 
 
 def _calibrates(steps: tuple[Step, ...]) -> bool:

@@ -11,7 +11,8 @@ from tcw.source import open_source
 from tcw.verify import verify
 from tcw.weights import WeightMethod
 
-LOSSY = [name for name in recipe.names() if not recipe.load(name).lossless]
+KV = ["kv-eighth", "kv-quarter"]  # weights without loss, and a policy
+LOSSY = [name for name in recipe.names() if not recipe.load(name).lossless and name not in KV]
 SHORT = Settings(samples=8, length=128, device="cpu")
 
 
@@ -22,7 +23,7 @@ def calibrates(name: str) -> bool:
 
 def test_the_recipes_of_the_catalogue() -> None:
     assert set(recipe.names()) == {
-        "any-rate-3bit", "fp8-dynamic", "int2-small", "int4-balanced", "int8-safe", "lossless", "lossless-fp8",
+        "any-rate-3bit", "fp8-dynamic", "int2-small", "int4-balanced", "int8-safe", "lossless", "lossless-fp8", *KV,
     }  # fmt: skip
     assert [name for name in recipe.names() if recipe.load(name).lossless] == ["lossless"]
     assert [name for name in recipe.names() if calibrates(name)] == ["any-rate-3bit", "int2-small", "int4-balanced"]
@@ -34,6 +35,14 @@ def test_a_lossy_recipe_limits_outputs_tensors_and_bytes(name: str) -> None:
     wanted = {"max_kl", "min_top1", "max_ppl_rise", "max_weight_error", "max_bits_per_weight"}
     assert set(loaded.limits) == wanted
     assert loaded.steps[-1].method == "dfloat11"
+
+
+@pytest.mark.parametrize("name", KV)
+def test_a_kv_recipe_limits_bytes_retrieval_and_loss(name: str) -> None:
+    loaded = recipe.load(name)
+    assert set(loaded.limits) == {"max_kv_bytes", "max_key_nll_rise", "max_next_nll_rise"}
+    families = [methods.family_of(step.method) for step in loaded.steps]
+    assert (loaded.steps[0].method, set(families[1:])) == ("dfloat11", {"kv"})
 
 
 def test_gentler_recipes_have_tighter_limits() -> None:
@@ -62,6 +71,11 @@ def test_a_recipe_from_end_to_end(name: str, tiny_llama: Path, tmp_path: Path) -
     held = {limit["name"]: limit["ok"] for limit in shown["limits"]}
     if loaded.lossless:
         assert found.verdict == "identical"
+    elif name in KV:
+        assert found.tensors.different == []
+        assert all(gate["ok"] is not False for gate in shown["kv"]["gates"].values())
+        # a quarter of 1,000 tokens is more of the short texts that this model has room for
+        assert shown["kv"]["bytes_ratio"] < 0.5
     else:
         # a model of random weights that were scaled up amplifies errors: its outputs are no measure
         assert held["max_weight_error"]

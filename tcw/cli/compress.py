@@ -162,10 +162,8 @@ def _check(device: str, calibration: Path | None) -> None:
 
 
 def _calibrates(chosen: recipe.Recipe) -> bool:
-    from tcw.weights import WeightMethod
-
-    built = [step.build() for step in chosen.steps]
-    return any(m.calibrates() if isinstance(m, WeightMethod) else m.needs_calibration for m in built)
+    """Say whether a method of the recipe reads a text."""
+    return any(step.build().reads_text() for step in chosen.steps)
 
 
 def _say_unused(chosen: recipe.Recipe, calibration: Path | None) -> None:

@@ -26,14 +26,16 @@ class Session:
     Attributes:
         model: in eval mode, weights as they will be used.
         layers: its full-attention layers.
-        tokens: int64 [sequences, length], a text.
+        tokens: int64 [sequences, length], a text; [0, 0] where no method needs one.
         seed: for what a method draws.
+        tokenizer: the model's, if there is one.
     """
 
     model: Any
     layers: tuple[LayerShape, ...]
     tokens: Tensor
     seed: int = 0
+    tokenizer: Any = None
 
     @torch.no_grad()
     def watch(self, look: Look, tokens: Tensor | None = None) -> None:
@@ -79,7 +81,7 @@ class _Watched(PolicyLayer):
         return out
 
 
-def calibrated(policy: "Policy", model: Any, tokens: Tensor | None, seed: int = 0) -> "Policy":
+def calibrated(policy: "Policy", model: Any, tokens: Tensor | None, seed: int = 0, tokenizer: Any = None) -> "Policy":
     """The policy with what its methods measure on the model.
 
     Raises:
@@ -90,11 +92,12 @@ def calibrated(policy: "Policy", model: Any, tokens: Tensor | None, seed: int = 
     for name, method in policy.methods.items():
         if not method.needs_calibration or name in found:
             continue
-        if tokens is None:
+        if tokens is None and method.reads_text():
             raise UsageError(
                 f"`{name}` is calibrated on a text, and none was given", "give `tokens`, int64 [rows, length]"
             )
-        session = Session(model, policy.layers, tokens, seed)
+        text = torch.empty(0, 0, dtype=torch.long) if tokens is None else tokens
+        session = Session(model, policy.layers, text, seed, tokenizer)
         measured = {key: t.detach().cpu().contiguous() for key, t in method.calibrate(session).items()}
         if bad := [key for key, t in measured.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
             raise SourceError(

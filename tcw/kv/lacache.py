@@ -6,21 +6,20 @@ With L layers, a span of S layers that share a token and an overlap of O, tokens
     a = min(⌈S / (S - O)⌉, b)     of them stay: those at (i mod (b - a + 1)) + {0, ..., a-1} in layer i.
 
 To forget x tokens, ⌈x / (b - a)⌉ blocks are thinned, from a cursor on that stands where the last compaction stopped.
-When too little is left beyond the cursor, all of that is thinned and it *starts over* at the sinks, on what is thin
-already: old tokens get rarer and rarer. When even that is not enough, a block stands for t at once: b + (t-1)(b-1)
-tokens, its a picks t apart. Shi et al., LaCache: Ladder-Shaped KV Caching for Efficient Long-Context Modeling of Large
-Language Models, ICML 2025, https://arxiv.org/abs/2507.14204, section 3, and the authors' code. Looks at no attention;
-as with StreamingLLM, positions are those in the cache.
+When the cursor would pass the end of the cache, it *starts over* at the sinks, on what is thin already: old tokens get
+rarer and rarer. When once more is not enough, a block stands for t rounds: b + (t-1)(b-1) tokens, its picks t apart.
+Shi et al., LaCache: Ladder-Shaped KV Caching for Efficient Long-Context Modeling of Large Language Models, ICML 2025,
+https://arxiv.org/abs/2507.14204, section 3, and the authors' code. Looks at no attention; as with StreamingLLM,
+positions are those in the cache.
 
 Where we differ: exactly as many tokens stay as the budget says, so the last block may be a short one and the cache is
-not made (b - a) // 2 larger to make up for a smaller average; t is the smallest with which the blocks fit; picks that
-are t apart stay within their block, which those of the code do not for a > 1; there are 4 sinks (128 in parts of the
-code); a window is kept whole, instead of L tokens. `reindex=off` keeps keys where they were in the text. In a padded
-batch, blocks are counted over the whole width, padding included. Calibration: none.
+not made (b - a) // 2 larger to make up for a smaller average; picks that are t apart stay within their block, which
+those of the code do not for a > 1; there are 4 sinks (128 in parts of the code); a window is kept whole, instead of L
+tokens at the end of the cache. `reindex=off` keeps keys where they were in the text. In a padded batch, blocks are
+counted over the whole width, padding included. Calibration: none.
 """
 
 from dataclasses import dataclass
-from itertools import count
 from typing import ClassVar
 
 from torch import Tensor
@@ -38,6 +37,7 @@ class LaCache(Evicting):
     """Keep other tokens in each layer, in the shape of a ladder; looks at no attention."""
 
     paper: ClassVar[str] = "arXiv 2507.14204"
+    counts_padding: ClassVar[bool] = True
 
     span: int = option(0, "layers that keep the same token; 0: half of the layers")
     overlap: int = option(0, "layers that two neighbouring rungs share")
@@ -50,19 +50,22 @@ class LaCache(Evicting):
 
     @property
     def reindexes(self) -> bool:  # type: ignore[override]
+        """As the option says."""
         return self.reindex
 
     @property
     def needs_rope(self) -> bool:  # type: ignore[override]
+        """To rotate keys, it does."""
         return self.reindex
 
     def check(self, layers: tuple[LayerShape, ...]) -> None:
         """Refuse also a ladder that forgets nothing."""
         super().check(layers)
-        span = self.span or layers[0].count // 2
-        if span <= self.overlap or not 0 < span < layers[0].count or len(set(ladder(layers[0].count, span, self.overlap))) == 1:
+        count, span = layers[0].count, self.span or layers[0].count // 2
+        block, picks = ladder(count, span, self.overlap) if self.overlap < span < count else (1, 1)
+        if block == picks:
             raise UsageError(
-                f"a span of {span} with an overlap of {self.overlap} forgets nothing in {layers[0].count} layers",
+                f"a span of {span} with an overlap of {self.overlap} forgets nothing in {count} layers",
                 "give a smaller `span`, or a smaller `overlap`",
             )
 
@@ -72,7 +75,7 @@ class LaCache(Evicting):
 
 
 def ladder(layers: int, span: int, overlap: int) -> tuple[int, int]:
-    """b and a: how many tokens a block has, and how many of them a layer keeps."""
+    """How many tokens a block has, and how many of them a layer keeps: b and a."""
     step = span - overlap
     block = 1 + -(-(layers - span) // step)
     return block, min(-(-span // step), block)
@@ -100,30 +103,21 @@ def compact(n: int, keep: int, cursor: int, depth: int, block: int, picks: int) 
         return list(range(n)), cursor
     if keep < picks:
         return list(range(n - keep, n)), 0
-    cursor = min(cursor, n)
-    if _fits(n - cursor, excess, block, picks):
+    cursor = min(cursor, keep)
+    ahead, whole = (keep - cursor) // picks, keep // picks  # blocks until the cursor is at the end; from the start
+    forgets = block - picks
+    if excess <= ahead * forgets:
         kept, used = _thin(list(range(cursor, n)), excess, 1, depth, block, picks)
         return [*range(cursor), *kept], cursor + used
-    removed = (n - cursor) // block * (block - picks)
-    kept, _ = _thin(list(range(cursor, n)), removed, 1, depth, block, picks)
-    left = [*range(cursor), *kept]
-    excess -= removed
-    times = next(t for t in count(1) if _fits(len(left), excess, _longer(block, t), picks))
-    return _thin(left, excess, times, depth, block, picks)
-
-
-def _longer(block: int, times: int) -> int:
-    return block + (times - 1) * (block - 1)
-
-
-def _fits(n: int, excess: int, block: int, picks: int) -> bool:
-    """Whether n tokens are enough to forget `excess` of, in blocks of which the last may be short."""
-    return excess + -(-excess // (block - picks)) * picks <= n
+    kept, _ = _thin(list(range(cursor, n)), ahead * forgets, 1, depth, block, picks)
+    excess -= ahead * forgets
+    times = -(-excess // (whole * forgets))
+    return _thin([*range(cursor), *kept], excess, times, depth, block, picks)
 
 
 def _thin(tokens: list[int], excess: int, times: int, depth: int, block: int, picks: int) -> tuple[list[int], int]:
     """Forget `excess` tokens from the first on; what is left, and how many of that are in thinned blocks."""
-    block = _longer(block, times)
+    block += (times - 1) * (block - 1)
     kept: list[int] = []
     start = 0
     while excess:

@@ -1,5 +1,6 @@
 """KV policies as part of a recipe: checked before the work, planned, and stored when the weights are done."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,6 @@ from tcw.artifact import Artifact
 from tcw.calibration import Settings, texts
 from tcw.errors import UsageError
 from tcw.kv import KVMethod, stored
-from tcw.kv.plan import Plan
 from tcw.kv.policy import Policy
 from tcw.kv.shapes import shapes_of_config
 from tcw.profile.kv import generates, read_config
@@ -48,33 +48,38 @@ def dtype_of(config: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(str(dtype), torch.bfloat16)
 
 
-def plan(source: "Source", steps: tuple[Step, ...], context: int) -> Plan:
-    """What the policy will hold of `context` tokens."""
-    return outlined(source, steps).plan(context)
+@dataclass(frozen=True)
+class Text:
+    """What a policy is calibrated on: tokens, int64 [sequences, length], and what made them."""
+
+    tokens: np.ndarray
+    tokenizer: Any
 
 
-def calibration_tokens(source: "Source", steps: tuple[Step, ...], settings: Settings) -> np.ndarray | None:
-    """What the policy will be calibrated on, int64 [sequences, length]; None if it needs no text.
+def calibration_text(source: "Source", policy: Policy, settings: Settings) -> Text | None:
+    """What the policy will be calibrated on; None if it needs no text.
 
     Raises SourceError: no tokenizer, or the text is too short or no text.
     """
     from tcw.runtime.load import tokenizer
 
-    if not any(step.build().needs_calibration for step in steps):
+    if not any(method.reads_text() for method in policy.methods.values()):
         return None
-    return texts.sequences(tokenizer(source), texts.read_texts(settings.text), settings.samples, settings.length)
+    own = tokenizer(source)
+    return Text(texts.sequences(own, texts.read_texts(settings.text), settings.samples, settings.length), own)
 
 
-def write(artifact: Artifact, steps: tuple[Step, ...], tokens: np.ndarray | None, device: str) -> list[dict[str, Any]]:
-    """Calibrate the policy on the artifact's own weights, write what it measured there, and return its entries.
+def write(artifact: Artifact, policy: Policy, text: Text | None, device: str) -> list[dict[str, Any]]:
+    """Calibrate a policy on the artifact's own weights, write what it measured there, and return its entries.
 
     Raises UsageError, SourceError: the policy does not fit the model, or its measurements are no numbers.
     """
-    policy = outlined(artifact, steps)
     model = None
-    if tokens is not None:
+    if any(method.needs_calibration for method in policy.methods.values()):
         from tcw.runtime.load import load
 
         model = load(artifact, residency="bf16", device=device)
-        policy = Policy.make(policy.methods.values(), model, torch.from_numpy(tokens))
+        tokens = None if text is None else torch.from_numpy(text.tokens)
+        tokenizer = None if text is None else text.tokenizer
+        policy = Policy.make(policy.methods.values(), model, tokens, tokenizer=tokenizer)
     return stored.store(policy, model, Path(artifact.path))

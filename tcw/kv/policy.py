@@ -46,7 +46,12 @@ class Policy:
 
     @classmethod
     def make(
-        cls, specs: "str | Iterable[str | KVMethod]", model: Any, tokens: Tensor | None = None, seed: int = 0
+        cls,
+        specs: "str | Iterable[str | KVMethod]",
+        model: Any,
+        tokens: Tensor | None = None,
+        seed: int = 0,
+        tokenizer: Any = None,
     ) -> "Policy":
         """Put a policy together for a loaded model, and calibrate it where a method needs that.
 
@@ -55,6 +60,7 @@ class Policy:
             model: a causal language model of transformers.
             tokens: int64 [sequences, length], the text to calibrate on; a method that needs none ignores it.
             seed: for what methods draw.
+            tokenizer: the model's, for methods that ask it something in words.
 
         Raises:
             UsageError: methods that do not go together, or a model they cannot serve; no text where one is needed.
@@ -62,7 +68,7 @@ class Policy:
         from tcw.kv.calibrate import calibrated
 
         policy = cls(named(specs), shapes_of(model))
-        return calibrated(policy, model, tokens, seed)
+        return calibrated(policy, model, tokens, seed, tokenizer)
 
     @classmethod
     def of_artifact(cls, artifact: "Artifact", model: Any) -> "Policy | None":

@@ -31,6 +31,8 @@ from tcw.methods import option
 if TYPE_CHECKING:
     from tcw.kv.calibrate import Session
 
+_LEAST = 1e-6  # a standard deviation to divide by
+
 
 @dataclass(frozen=True)
 class TriAttention(Evicting):
@@ -78,27 +80,32 @@ class TriAttention(Evicting):
         session.watch(look)
         return {key: (total / counts[int(key.partition(".")[0])]).float() for key, total in sums.items()}
 
+    def outline(self, layers: tuple[LayerShape, ...]) -> dict[str, Tensor]:
+        """Zeros."""
+        found: dict[str, Tensor] = {}
+        for layer in layers:
+            assert layer.rope is not None
+            found[f"{layer.index}.centre"] = torch.zeros(layer.heads, layer.head_dim)
+            found[f"{layer.index}.size"] = torch.zeros(layer.heads, layer.rope.rotary_dim // 2)
+        return found
+
 
 class _Expected(Scorer):
     """Args: the rotation; centre [H, D] and size [H, d] or None; distances; how scores at those become one."""
 
     def __init__(self, rope: Rope, centre: Tensor, size: Tensor | None, ahead: list[int], reduce: str) -> None:
-        self.rope, self.max = rope, reduce == "max"
+        self.rope = rope
         self.rest = centre[:, rope.rotary_dim :]
         # keys carry the rotation's scaling once already, logits have it twice
         self.centre = rope.bands(centre) * rope.scaling
         self.beside = None if size is None else size * rope.scaling - self.centre.abs()
-        turns = torch.outer(torch.tensor(ahead, dtype=torch.float64), rope.inv_freq.cpu().double())
-        self.ahead = torch.polar(torch.ones_like(turns), turns).to(torch.complex64).to(centre.device)  # [distances, d]
-        if not self.max:
-            self.ahead = self.ahead.mean(0, keepdim=True)
+        turns = _turns(rope, torch.tensor(ahead, device=centre.device))  # [distances, d]
+        self.ahead = turns if reduce == "max" else turns.mean(0, keepdim=True)
 
     def score(self, call: AttentionCall, memory: Memory, room: Room) -> Tensor:
-        batch, kv_heads, held, _ = call.keys.shape
-        keys = call.keys.float()
+        keys, kv_heads = call.keys.float(), call.keys.shape[1]
         turned, rest = keys[..., : self.rope.rotary_dim], keys[..., self.rope.rotary_dim :]
-        angles = self.rope.angles(_newest(call))  # [B, d]
-        phase = torch.polar(torch.ones_like(angles), angles)[:, None, None] * self.ahead  # [B, 1, distances, d]
+        phase = _turns(self.rope, _newest(call))[:, None, None] * self.ahead  # [B, 1, distances, d]
         wanted = self.rope.unbands(self.centre[:, None] * phase)  # [B, H, distances, 2d]
         expected = _per_head(wanted, kv_heads) @ turned.transpose(-1, -2)
         expected = expected.unflatten(2, (-1, self.ahead.shape[0])).amax(3)  # [B, G, r, n]
@@ -107,6 +114,12 @@ class _Expected(Scorer):
             lengths = self.rope.bands(keys).abs()
             expected = expected + _per_head(self.beside[None, :, None], kv_heads) @ lengths.transpose(-1, -2)
         return _standardised(expected, call.real, room).amax(2)
+
+
+def _turns(rope: Rope, positions: Tensor) -> Tensor:
+    """e^{i p ω_f}: complex64 [..., d]."""
+    angles = rope.angles(positions)
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def _per_head(rows: Tensor, kv_heads: int) -> Tensor:
@@ -132,4 +145,4 @@ def _standardised(scores: Tensor, real: Tensor | None, room: Room) -> Tensor:
         count = there.sum(-1, keepdim=True).clamp(min=1)
         mean = (candidates * there).sum(-1, keepdim=True) / count
         spread = (((candidates - mean) * there).square().sum(-1, keepdim=True) / count).sqrt()
-    return (scores - mean) / spread.clamp(min=torch.finfo(scores.dtype).tiny)
+    return (scores - mean) / spread.clamp(min=_LEAST)

@@ -64,6 +64,7 @@ class Zipvl(Evicting):
     """Keep as many tokens as it takes to hold a share of the attention, layer by layer."""
 
     paper: ClassVar[str] = "arXiv 2410.08584"
+    counts_padding: ClassVar[bool] = True
 
     ratio: float = option(0.0, "share of the tokens seen to keep at most; no bound where no budget is given")
     tau: float = option(0.975, "share of the attention to hold")

@@ -115,6 +115,10 @@ class WeightMethod(Method):
         """Bytes that `encode` would store (the raw size where it would return None), without encoding."""
         raise NotImplementedError
 
+    def reads_text(self) -> bool:
+        """Calibration of weights always is on a text."""
+        return self.calibrates()
+
     def calibrates(self) -> bool:
         """Say whether `encode` wants statistics; options may switch that off."""
         return self.needs_calibration

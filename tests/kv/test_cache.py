@@ -41,7 +41,7 @@ def test_bit_identical_behind_padding_while_nothing_is_forgotten(any_model):
 
 
 def masked(model, prefix: Tensor, chunk: Tensor, kept: list) -> Tensor:
-    """Logits of `chunk` where each layer and head sees of the prefix only what was kept: by a mask, nothing forgotten."""
+    """Logits of `chunk` where each head sees of the prefix only what was kept: by a mask, nothing is forgotten."""
     length, new = prefix.shape[1], chunk.shape[1]
     masks = []
     for groups in kept:
@@ -150,7 +150,9 @@ def test_bytes_are_those_of_storages(llama):
     cache = policy.new_cache(llama)
     said(llama, cache, text(200))
     tensors = [t for layer in cache.policy_layers for t in layer.tensors()]
-    assert cache.nbytes() == sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    assert cache.nbytes() == sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
     assert cache.nbytes() == sum(t.nbytes for t in tensors), "a view keeps a larger storage alive"
     full = 2 * 4 * 2 * 200 * 16 * 4
     assert 0.25 <= cache.nbytes() / full < 0.26

@@ -117,6 +117,9 @@ def test_another_model_is_refused(llama, architecture):
 def test_a_method_without_its_text_is_refused(llama):
     with pytest.raises(UsageError, match="calibrated on a text"):
         Policy.make("triattention", llama)
+    Policy.make("razorattention", llama)  # which draws its own tokens
+    with pytest.raises(UsageError, match="calibrated on a text"):
+        Policy.make("razorattention:local_scorer=triattention", llama)
 
 
 @pytest.fixture(scope="module")
