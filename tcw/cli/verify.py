@@ -14,7 +14,6 @@ EXAMPLES = (
     ("every tensor against its SHA-256", "tcw verify ./smollm2.lossless"),
     ("and logits, perplexity and generated tokens", "tcw verify ./smollm2.lossless --reference demo:smollm2"),
     ("exit code 1 past a limit", "tcw verify ./smaller --reference ./model --max-kl 0.02 --max-ppl-rise 0.03"),
-    ("what quantisation did to each tensor; no model runs", "tcw verify ./smaller --reference ./model --tensors-only"),
     ("what the KV policy forgets, against a full cache", "tcw verify ./smaller --suite kv --max-key-nll-rise 0.1"),
 )
 

@@ -30,7 +30,7 @@ def test_all_modes(tcw: Run, artifact: Path, tiny_llama: Path, tmp_path: Path, m
     assert human.out.splitlines()[0].split() == ["wrote", "out0/"]
     assert quiet.out == "out1\n"
     data = json.loads(as_json.out)
-    assert set(data) == {"schema", "path", "target", "bytes", "files", "kept"}
+    assert set(data) == {"schema", "path", "target", "bytes", "files", "kept", "notes"}
     assert Path(data["path"]).resolve() == tmp_path / "out2"
     assert data["kept"] == {}
     assert data["bytes"] == sum((tmp_path / "out2" / file).stat().st_size for file in data["files"])
@@ -50,3 +50,11 @@ def test_what_exists_is_refused(tcw: Run, artifact: Path, tmp_path: Path) -> Non
 def test_the_help_names_every_target(tcw: Run) -> None:
     text = " ".join(tcw("export", "--help").out.split())
     assert all(f"{name} (" in text for name in names())
+
+
+def test_a_kv_policy_stays_behind_and_that_is_said(tcw: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    target = tmp_path / "small"
+    assert tcw("compress", tiny_llama, "-m", "knorm:ratio=0.5", "-o", target, "-q").code == 0
+    said = tcw("export", target, "--to", "hf", "-o", tmp_path / "out")
+    assert (said.code, "KV policy stays behind" in said.err) == (0, True)
+    assert not (tmp_path / "out" / "policies").exists()
