@@ -201,7 +201,7 @@ def main() -> None:
     """Measure, and write the results after every task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the model in Hugging Face's layout")
-    parser.add_argument("tasks", type=Path, help="JSON of kv_quality.py --tasks")
+    parser.add_argument("tasks", type=Path, help="JSON of kv_quality.py --export")
     parser.add_argument("out", type=Path, help="JSON to write")
     parser.add_argument("--only", nargs="+", help="names of presses")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75], help="what is removed")

@@ -62,6 +62,7 @@ ROWS = {
     "hadamard 2": ["hadamard:bits=2"],
     "kvtc 3": ["kvtc:bits=3"],
     "kvtc 2": ["kvtc:bits=2"],
+    "kvtc 1.25, 1.875": ["kvtc:key_bits=1.25,value_bits=1.875,window=16,interval=16"],
     "kvtc 1": ["kvtc:bits=1"],
     "keydiff 0.5 + kvtc 3": ["keydiff:ratio=0.5", "kvtc:bits=3"],
     "keydiff 0.5 + hadamard 4, 3": ["keydiff:ratio=0.5", "hadamard:key_bits=4,value_bits=3"],

@@ -23,7 +23,7 @@ told apart by their measured attention, whatever the positions are. Ours too:
   alone becomes local (tcw/kv/_recall.py).
 
 Calibration: as said. The text is only used by `ranking=recall`, which needs a tokenizer too, and by some
-`local_scorer`s.
+`score`s.
 """
 
 import math
@@ -66,7 +66,7 @@ class RazorAttention(KVMethod):
     echo: float = option(0.01, "and by their echo score")
     local: float = option(0.0, "share of the tokens seen that local heads keep; from 1 on: so many tokens")
     ranking: str = option("copying", "with a ratio, heads go by: copying, or also recall", ("copying", "recall"))
-    local_scorer: str = option("recency", "which tokens local heads keep: recency, or a method that scores")
+    score: str = option("recency", "which tokens local heads keep: recency, or a method that scores")
     compensation: bool = option(True, "let the mean of what a local head forgets stand for it")
     probe: int = option(128, "random tokens that are repeated to find the heads; the paper takes 2500")
     sinks: int = option(4, "first tokens that are always kept")
@@ -82,26 +82,26 @@ class RazorAttention(KVMethod):
             raise ValueError("`ranking=recall` needs a `ratio`: it puts heads in an order, and says not where to stop")
         if self.probe < 2 or self.sinks < 0 or min(self.window, self.interval) < 1:
             raise ValueError("`probe` is 2 or more, `sinks` 0 or more, `window` and `interval` 1 or more")
-        if self.local_scorer != "recency" and type(self._other).scorer is KVMethod.scorer:
-            raise ValueError(f"`{self.local_scorer}` does not score tokens")
+        if self.score != "recency" and type(self._other).scorer is KVMethod.scorer:
+            raise ValueError(f"`{self.score}` does not score tokens")
 
     @cached_property
     def _other(self) -> KVMethod:
         """The method whose scores choose what local heads keep."""
         shared = {"sinks": self.sinks, "window": self.window, "interval": self.interval}
-        method = build(self.local_scorer, shared)
+        method = build(self.score, shared)
         if not isinstance(method, KVMethod):
-            raise ValueError(f"`{self.local_scorer}` is not a KV policy")
+            raise ValueError(f"`{self.score}` is not a KV policy")
         return method
 
     def reads_text(self) -> bool:
         """Only for questions in words, or as the local scorer does: copying is measured on random tokens."""
-        return self.ranking == "recall" or (self.local_scorer != "recency" and self._other.reads_text())
+        return self.ranking == "recall" or (self.score != "recency" and self._other.reads_text())
 
     @property
     def needs_rope(self) -> bool:  # type: ignore[override]
         """As the local scorer does."""
-        return self.local_scorer != "recency" and self._other.needs_rope
+        return self.score != "recency" and self._other.needs_rope
 
     def check(self, layers: tuple[LayerShape, ...]) -> None:
         """Refuse layers that differ in their heads, and what the local scorer refuses."""
@@ -110,7 +110,7 @@ class RazorAttention(KVMethod):
                 "the full-attention layers of this model differ in their numbers of heads",
                 "use a policy that treats all heads alike, such as `snapkv` or `kivi`",
             )
-        if self.local_scorer != "recency":
+        if self.score != "recency":
             self._other.check(layers)
 
     def groups(self, layer: LayerShape, tensors: dict[str, Tensor]) -> tuple[Group, ...]:
@@ -160,7 +160,7 @@ class RazorAttention(KVMethod):
         """For local heads alone: the others forget nothing."""
         if not _is_local(group):
             return None
-        if self.local_scorer == "recency":
+        if self.score == "recency":
             return Recency()
         theirs = {key.removeprefix(_THEIRS): t for key, t in tensors.items() if key.startswith(_THEIRS)}
         return self._other.scorer(layer, group, theirs)
@@ -190,7 +190,7 @@ class RazorAttention(KVMethod):
             from tcw.kv._recall import damages
 
             found["damage"] = damages(session, self.sinks, self.window)
-        if self.local_scorer != "recency":
+        if self.score != "recency":
             found |= {_THEIRS + key: tensor for key, tensor in self._other.calibrate(session).items()}
         return found
 
@@ -201,7 +201,7 @@ class RazorAttention(KVMethod):
         if self.ranking == "recall":
             heads["damage"] = layers[0].kv_heads
         found = {name: torch.rand(len(layers), n, generator=generator) for name, n in heads.items()}
-        if self.local_scorer != "recency":
+        if self.score != "recency":
             found |= {_THEIRS + key: tensor for key, tensor in self._other.outline(layers).items()}
         return found
 

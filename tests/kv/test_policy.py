@@ -119,7 +119,7 @@ def test_a_method_without_its_text_is_refused(llama):
         Policy.make("triattention", llama)
     Policy.make("razorattention", llama)  # which draws its own tokens
     with pytest.raises(UsageError, match="calibrated on a text"):
-        Policy.make("razorattention:local_scorer=triattention", llama)
+        Policy.make("razorattention:score=triattention", llama)
 
 
 @pytest.fixture(scope="module")

@@ -207,8 +207,8 @@ def test_a_ratio_takes_heads_by_the_product_of_their_ranks(ranking):
     "options",
     [
         {"ratio": 1.5}, {"induction": -0.1}, {"echo": 2.0}, {"ratio": 0.3, "local": 0.3}, {"local": -1.0},
-        {"ranking": "recall"}, {"probe": 1}, {"sinks": -1}, {"window": 0}, {"local_scorer": "kivi"},
-        {"local_scorer": "fp8"},
+        {"ranking": "recall"}, {"probe": 1}, {"sinks": -1}, {"window": 0}, {"score": "kivi"},
+        {"score": "fp8"},
     ],
 )  # fmt: skip
 def test_options_are_checked(options):
@@ -249,11 +249,11 @@ def test_another_method_may_choose_what_local_heads_keep():
     tensors, layer = scores(), layers()[0]
     local = Group((1, 2), lambda seen: 50)
     assert isinstance(RazorAttention().scorer(layer, local, tensors), Recency)
-    method = RazorAttention(local_scorer="knorm")
+    method = RazorAttention(score="knorm")
     assert type(method.scorer(layer, local, tensors)) is type(build("knorm", {}).scorer(layer, local, {}))
     assert method.scorer(layer, Group((0,)), tensors) is None
     assert not method.needs_rope
-    assert RazorAttention(local_scorer="triattention").needs_rope
+    assert RazorAttention(score="triattention").needs_rope
 
 
 # --- on a model ------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ TEXT = torch.randint(3, 250, (2, 300), generator=torch.Generator().manual_seed(0
 @pytest.mark.parametrize(
     "options",
     ["ratio=0.6", "ratio=0.6,compensation=off", "induction=0.25",
-     "ratio=0.6,local_scorer=triattention", "ratio=0.6,local_scorer=knorm"],
+     "ratio=0.6,score=triattention", "ratio=0.6,score=knorm"],
 )  # fmt: skip
 def test_a_model_generates_under_it(tiny, options):
     policy = Policy.make(f"razorattention:{options},window=8,interval=4,probe=16", tiny, TEXT)
