@@ -41,7 +41,7 @@ from tcw.window import in_order
 
 if TYPE_CHECKING:
     from tcw.calibration.run import Inputs
-    from tcw.kv.plan import Plan as KVPlan
+    from tcw.kv.policy import Policy
 
 _GRACE = 5.0  # seconds
 _SAMPLE_BYTES = 64 << 20  # a plan looks at this much of a tensor
@@ -68,7 +68,7 @@ def compress_tensor(source: Source, name: str, steps: tuple[Step, ...], calibrat
 
 def plan(source: Source, recipe: Recipe, *, calibration: Settings | None = None, progress: Report = silent) -> Plan:
     """Predict what `compress` would write, from the tensors' real bits (large ones sampled), writing nothing."""
-    steps, policies = _check(source, recipe)
+    steps, policy = _check(source, recipe)
     source, _ = _rotated(source, steps, check=False)
     infos = source.tensors()
     total, done = sum(i.nbytes for i in infos.values()), 0
@@ -82,16 +82,8 @@ def plan(source: Source, recipe: Recipe, *, calibration: Settings | None = None,
     needs = _needs(source, steps, calibration or Settings())
     walk = sum(needs[k] for k in ("bytes_block", "bytes_activations")) if needs else 0
     return Plan(
-        recipe, tuple(planned), (1 << 30) + max(2 * largest, walk), needs, _kv_plan(source, policies)
+        recipe, tuple(planned), (1 << 30) + max(2 * largest, walk), needs, policy.plan(KV_CONTEXT) if policy else None
     )  # fmt: skip
-
-
-def _kv_plan(source: Source, policies: tuple[Step, ...]) -> "KVPlan | None":
-    if not policies:
-        return None
-    from tcw.kv import passes
-
-    return passes.outlined(source, policies).plan(KV_CONTEXT)
 
 
 def _plan_tensor(source: Source, info: TensorInfo, steps: tuple[Step, ...]) -> PlannedTensor:
@@ -134,11 +126,11 @@ def compress(
         SourceError: the model is damaged, or changed while it was read; it has no tokenizer to calibrate with.
         ResourceError: no space or no memory left; `resume` goes on.
     """
-    steps, policies = _check(source, recipe)
+    steps, policy = _check(source, recipe)
     start, settings = time.monotonic(), calibration or Settings()
     source, notes = _rotated(source, steps, check=True)
     inputs = _inputs(source, steps, settings)  # what is wrong with them shows before the work
-    kv, store_policies = _kv_plan(source, policies), _policies(source, policies, settings)
+    kv, store_policy = policy.plan(KV_CONTEXT) if policy else None, _storing(source, policy, settings)
     writer = ArtifactWriter(source, recipe.to_json(), out, _part_names(steps), force=force, resume=resume)
     hasher = ThreadPoolExecutor(1)
     try:
@@ -151,7 +143,7 @@ def compress(
         source.check_unchanged()
         notes = (*notes, *calibrated.notes)
         facts = {**calibrated.facts, "notes": list(notes)} if calibrated.facts else {}
-        artifact = writer.finish(source_hashes, facts, store_policies)
+        artifact = writer.finish(source_hashes, facts, store_policy)
     finally:
         hasher.shutdown(wait=False, cancel_futures=True)
         writer.close()
@@ -159,13 +151,12 @@ def compress(
     return replace(report, kv=kv)
 
 
-def _policies(source: Source, policies: tuple[Step, ...], settings: Settings) -> StorePolicies | None:
-    """What stores the policies once the weights are written; their text is read now, so that a bad one shows early."""
-    if not policies:
+def _storing(source: Source, policy: "Policy | None", settings: Settings) -> StorePolicies | None:
+    """What stores the policy once the weights are written; its text is read now, so that a bad one shows early."""
+    if policy is None:
         return None
     from tcw.kv import passes
 
-    policy = passes.outlined(source, policies)
     text = passes.calibration_text(source, policy, settings)
     return lambda artifact: passes.write(artifact, policy, text, settings.device)
 
@@ -218,8 +209,8 @@ def _needs(source: Source, steps: tuple[Step, ...], settings: Settings) -> dict[
     return run.needs(source, steps, settings)
 
 
-def _check(source: Source, recipe: Recipe) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
-    """The steps for weights and those that are KV policies. Raises SourceError, UsageError for what cannot be done."""
+def _check(source: Source, recipe: Recipe) -> "tuple[tuple[Step, ...], Policy | None]":
+    """The steps for weights, and the KV policy of the others. Raises SourceError, UsageError."""
     if source.quantized_by:
         raise SourceError(
             f"`{source.id}` is already quantised by {source.quantized_by}", "start from the original model"
@@ -228,11 +219,11 @@ def _check(source: Source, recipe: Recipe) -> tuple[tuple[Step, ...], tuple[Step
     steps = tuple(step for step in recipe.steps if step not in policies)
     for step in steps:
         _weight_method(step)
-    if policies:
-        from tcw.kv import passes
+    if not policies:
+        return steps, None
+    from tcw.kv import passes
 
-        passes.outlined(source, policies)
-    return steps, policies
+    return steps, passes.outlined(source, policies)
 
 
 def _weight_method(step: Step) -> WeightMethod:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tcw.errors import UsageError
 from tcw.kv import LayerShape
-from tcw.kv.attention import Attention, decoder_of, install
+from tcw.kv.attention import Attention, body_of, install
 from tcw.kv.cache import PolicyCache
 from tcw.kv.layer import PolicyLayer
 
@@ -100,8 +100,7 @@ class _Probed(PolicyLayer):
         scaling: float | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        assert self._new is not None
-        (keys, values), self._new = self._new, None
+        keys, values = self._take()
         if self.text is None or self.local is None:
             self.text, self.seen = (keys, values), keys.shape[2]
             return base(module, query, keys, values, mask, scaling=scaling, **kwargs)[0]
@@ -149,9 +148,7 @@ def damages(session: "Session", sinks: int, window: int) -> Tensor:
 def _read(session: "Session", text: Tensor, sinks: int, window: int) -> PolicyCache:
     layers: dict[int, PolicyLayer] = {shape.index: _Probed(shape, sinks, window) for shape in session.layers}
     cache = PolicyCache(session.model.config, layers)
-    decoder = decoder_of(session.model)
-    decoder = getattr(decoder, decoder.base_model_prefix, decoder)
-    decoder(input_ids=text[None].to(session.model.device), past_key_values=cache, use_cache=True)
+    body_of(session.model)(input_ids=text[None].to(session.model.device), past_key_values=cache, use_cache=True)
     return cache
 
 

@@ -64,6 +64,12 @@ def decoder_of(model: Any) -> Any:
     return next(found, model)
 
 
+def body_of(model: Any) -> Any:
+    """The text decoder without its head: for passes whose logits nobody reads."""
+    decoder = decoder_of(model)
+    return getattr(decoder, decoder.base_model_prefix, decoder)
+
+
 def install(model: Any) -> None:
     """Have a model's text decoder call our attention. Changes nothing for other caches."""
     decoder = decoder_of(model)

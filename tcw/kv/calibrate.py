@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tcw.errors import SourceError, UsageError
 from tcw.kv import AttentionCall, LayerShape
-from tcw.kv.attention import Attention, decoder_of, install
+from tcw.kv.attention import Attention, body_of, install
 from tcw.kv.cache import PolicyCache
 from tcw.kv.layer import PolicyLayer
 
@@ -44,14 +44,11 @@ class Session:
         A call has all heads of the layer, and `seen` = 0.
         """
         install(self.model)
-        decoder = decoder_of(self.model)
-        decoder = getattr(
-            decoder, decoder.base_model_prefix, decoder
-        )  # without the head: its logits are of no use here
+        body = body_of(self.model)
         for row in self.tokens if tokens is None else tokens:
             layers: dict[int, PolicyLayer] = {shape.index: _Watched(shape, look) for shape in self.layers}
             cache = PolicyCache(self.model.config, layers)
-            decoder(input_ids=row[None].to(self.model.device), past_key_values=cache, use_cache=True)
+            body(input_ids=row[None].to(self.model.device), past_key_values=cache, use_cache=True)
 
 
 class _Watched(PolicyLayer):
@@ -70,8 +67,7 @@ class _Watched(PolicyLayer):
         scaling: float | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        assert self._new is not None
-        (keys, values), self._new = self._new, None
+        keys, values = self._take()
         out, _ = base(module, query, keys, values, mask, scaling=scaling, **kwargs)
         positions = self._positions(None, keys.shape[2], kwargs.get("position_ids"), keys)
         rope = self.shape.rope

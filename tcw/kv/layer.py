@@ -60,6 +60,12 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
         self._new = (key_states, value_states)
         return mark(key_states, self), value_states
 
+    def _take(self) -> tuple[Tensor, Tensor]:
+        """The keys and values that `update` was given."""
+        assert self._new is not None
+        new, self._new = self._new, None
+        return new
+
     def attend(
         self,
         base: Attention,
@@ -70,8 +76,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Tensor:
         """Attention of `query` [B, H, q, D] over what is held and this call's own: [B, q, H, Dv]. Then tokens age."""
-        assert self._new is not None
-        (keys, values), self._new = self._new, None
+        keys, values = self._take()
         length, seen = keys.shape[2], self.seen
         if mask is not None and mask.shape[-1] != seen + length:
             raise UsageError(

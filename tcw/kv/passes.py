@@ -11,8 +11,9 @@ from tcw.artifact import Artifact
 from tcw.calibration import Settings, texts
 from tcw.errors import UsageError
 from tcw.kv import KVMethod, stored
+from tcw.kv.calibrate import calibrated
 from tcw.kv.policy import Policy
-from tcw.kv.shapes import shapes_of_config
+from tcw.kv.shapes import shapes_of, shapes_of_config
 from tcw.profile.kv import generates, read_config
 from tcw.recipe import Step
 
@@ -81,5 +82,5 @@ def write(artifact: Artifact, policy: Policy, text: Text | None, device: str) ->
         model = load(artifact, residency="bf16", device=device)
         tokens = None if text is None else torch.from_numpy(text.tokens)
         tokenizer = None if text is None else text.tokenizer
-        policy = Policy.make(policy.methods.values(), model, tokens, tokenizer=tokenizer)
+        policy = calibrated(Policy(policy.methods, shapes_of(model)), model, tokens, tokenizer=tokenizer)
     return stored.store(policy, model, Path(artifact.path))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +121,7 @@ class Policy:
         groups = self.groups(layer)
         methods = list(self.methods.values())
         rope = layer.rope.to(device) if layer.rope else None
-        here = LayerShape(**{**vars(layer), "rope": rope})
+        here = replace(layer, rope=rope)
         _, allocator = self._allocator()
         return [
             GroupParts(

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers.generation import GenerationMode
 
 from tcw import methods
 from tcw.artifact import POLICIES
+from tcw.disk import writing
 from tcw.errors import FormatError, UsageError
 from tcw.kv import KVMethod
 from tcw.kv.policy import Policy, Tensors
@@ -32,8 +33,9 @@ def store(policy: Policy, model: Any, folder: Path) -> list[dict[str, Any]]:
     """
     flat = {f"{method}.{name}": t for method, found in policy.tensors.items() for name, t in found.items()}
     if flat:
-        (folder / FILE).parent.mkdir(exist_ok=True)
-        save_file(flat, folder / FILE)
+        with writing(folder):
+            (folder / FILE).parent.mkdir(exist_ok=True)
+            (folder / FILE).write_bytes(save(flat))
     entries = []
     for name, method in policy.methods.items():
         measured = sorted(policy.tensors.get(name, ()))
