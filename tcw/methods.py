@@ -3,6 +3,9 @@
 Four families, four folders: `weights`, `kv`, `tokens`, `prompt`. Listing names is a directory listing, so shell
 completion and error hints cost nothing. `-` and `_` are the same letter. Outside packages use the entry-point
 group `tcw.methods`, with entry names `family.name` that point at the class.
+
+A name that two families have (`random` is a control in three) means the one that comes first in `FAMILIES`; the others
+are written `family.name`, as any method may be.
 """
 
 import dataclasses
@@ -83,9 +86,17 @@ def _locations() -> dict[str, tuple[str, str]]:
 
 def _claim(found: dict[str, tuple[str, str]], name: str, family: str, where: str) -> None:
     name = canonical(name)
+    if name in found and found[name][0] != family:
+        name = f"{family}.{name}"
     if name in found:
         raise TcwError(f"two methods are named `{name}`: `{found[name][1]}` and `{where}`")
     found[name] = (family, where)
+
+
+def qualified(name: str, family: str) -> str:
+    """The name by which the registry knows the method that `family` calls `name`."""
+    name = canonical(name)
+    return f"{family}.{name}" if f"{family}.{name}" in _locations() else name
 
 
 def names(family: str | None = None) -> list[str]:
@@ -99,10 +110,13 @@ def family_of(name: str) -> str:
 
 
 def _locate(name: str) -> tuple[str, str]:
-    try:
-        return _locations()[canonical(name)]
-    except KeyError:
-        raise UnknownName("method", canonical(name), names(), "tcw methods") from None
+    found, name = _locations(), canonical(name)
+    family, dot, plain = name.partition(".")
+    if name not in found and dot and found.get(plain, ("", ""))[0] == family:
+        name = plain
+    if name not in found:
+        raise UnknownName("method", name, names(), "tcw methods")
+    return found[name]
 
 
 def get(name: str) -> type[Method]:

@@ -32,7 +32,7 @@ def mark(keys: Tensor, layer: "PolicyLayer") -> Tensor:
     return keys
 
 
-def _eager(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def eager_of(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """The attention that the model's own file calls eager: it knows of soft caps and learned sinks."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
@@ -53,7 +53,7 @@ def _over(base: Attention) -> Attention:
 
 AttentionInterface.register(SDPA, _over(sdpa_attention_forward))
 AttentionMaskInterface.register(SDPA, sdpa_mask)  # without it transformers would make no mask, not even for padding
-AttentionInterface.register(EAGER, _over(_eager))
+AttentionInterface.register(EAGER, _over(eager_of))
 AttentionMaskInterface.register(EAGER, eager_mask)
 
 
