@@ -15,7 +15,7 @@ The engine (tcw/tokens/engine.py) does the rest: it shows a method one image at 
     block    in a block of the vision tower, between attention and MLP
     input    at the language model's input: the projector's output, all text known
     layer    before a layer of the language model, at prefill
-    decode   after prefill: tokens dropped at any layer leave the caches of all layers
+    decode   after prefill: tokens that a later layer no longer has leave the caches of all since the first cut
 
 In a model that is only a tower, `input` and `layer` become blocks at the same relative depth (`input`: a quarter).
 """
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from tcw.tokens.plan import Plan
 
 ENGINE = (
-    "allocates", "context", "decoder", "engine", "inputs", "merges", "pack", "passes", "pictures", "plan", "scores",
-    "selects", "shape", "stored", "tower", "trace", "vision", "watch",
+    "allocates", "caches", "context", "cuts", "decoder", "engine", "flops", "inputs", "merges", "pack", "passes",
+    "pictures", "plan", "positions", "scores", "selects", "shape", "stored", "tower", "trace", "vision", "watch",
 )  # fmt: skip
 
 KEEP, COMPACT = "keep", "compact"
