@@ -22,7 +22,7 @@ from tcw.tokens import DECODE, KEEP, Shape, Stage
 from tcw.tokens.cuts import Image
 from tcw.tokens.decoder import Decoder
 from tcw.tokens.plan import Plan
-from tcw.tokens.shape import TOWER, VLM, kind, shape_of, text_model_of, tower_of
+from tcw.tokens.shape import TOWER, VLM, kind_of, shape_of, text_model_of, tower_of
 from tcw.tokens.tower import TowerRun
 from tcw.tokens.trace import Trace
 from tcw.tokens.vision import Picture, Vision
@@ -187,7 +187,7 @@ class Attached:
         stages = policy.stages()
         inside = [(n, s) for n, s in stages if s.at.kind == "block"]
         later = [(n, s) for n, s in stages if s.at.kind != "block"]
-        of = kind(model)
+        of = kind_of(model)
         self._vision = Vision(model, _layers(later)) if of == VLM else None
         self._tower = None
         if inside:

@@ -6,7 +6,7 @@ after RoPE and whatever else the architecture does to them; ours passes them on 
 and lets who asked look at them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,11 +55,15 @@ class Recording:
         blocks = blocks_of(tower)
         self.calls: dict[int, list[Call]] = {n: [] for n in layers}
         self._modules = {n: attention_of(blocks[n]) for n in self.calls}
-        for n, module in self._modules.items():
-            setattr(module, _CALLS, self.calls[n])
+        for n, part in self._parts():
+            setattr(part, _CALLS, self.calls[n])
         self._tower, self._before = tower, tower.config._attn_implementation
         if self.calls and not self._before.startswith(_PREFIX):
             tower.config._attn_implementation = _watching(self._before)
+
+    def _parts(self) -> Iterator[tuple[int, nn.Module]]:
+        """Layers' attention and what is in it: in some releases an inner module does the work."""
+        return ((n, part) for n, module in self._modules.items() for part in module.modules())
 
     def clear(self) -> None:
         """Forget what was recorded."""
@@ -69,8 +73,8 @@ class Recording:
     def detach(self) -> None:
         """Stop watching; the model is as it was."""
         self.clear()
-        for module in self._modules.values():
-            delattr(module, _CALLS)
+        for _, part in self._parts():
+            delattr(part, _CALLS)
         self._tower.config._attn_implementation = self._before
 
 
@@ -136,4 +140,3 @@ def _watching(before: str) -> str:
 
 
 AttentionInterface.register(_PROBE, _probe)
-
