@@ -165,6 +165,10 @@ class TokenMethod(Method):
         if not 0 < self.keep <= 1:
             raise ValueError(f"`keep` is a share between 0 and 1, got {self.keep:g}")
 
+    def reads_text(self) -> bool:
+        """False: token policies learn from images."""
+        return False
+
     def stages(self, shape: Shape, learned: "dict[str, Tensor]") -> tuple[Stage, ...]:
         """What the method does to a model of this shape; `learned` is what `calibrate` returned."""
         raise NotImplementedError

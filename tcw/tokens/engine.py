@@ -176,19 +176,18 @@ class Attached:
 
     Attributes:
         policy: what is at work.
-        traces: what became of the images of the last batch that had any.
         notes: what had to be substituted, one sentence each.
     """
 
     def __init__(self, policy: TokenPolicy, model: Any) -> None:
         """Attach; use `TokenPolicy.attach`."""
-        self.policy, self.traces, self.notes = policy, [], []
-        self._model = model
+        self.policy, self.notes = policy, []
+        self._model, self._traces = model, []
         stages = policy.stages()
         inside = [(n, s) for n, s in stages if s.at.kind == "block"]
         later = [(n, s) for n, s in stages if s.at.kind != "block"]
         of = kind_of(model)
-        self._vision = Vision(model, _layers(later)) if of == VLM else None
+        self._vision = Vision(model, _layers(later), self._note) if of == VLM else None
         self._tower = None
         if inside:
             self._tower = TowerRun(tower_of(model), inside, policy.seed, self._note, restore=of == VLM)
@@ -200,8 +199,13 @@ class Attached:
         self._guard = model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
         model.token_policy = policy
 
-    traces: list[Trace]
     notes: list[str]
+    _traces: list[Trace]
+
+    @property
+    def traces(self) -> list[Trace]:
+        """What became of the images of the last batch that had any."""
+        return self._tower.traces() if self._decoder is None and self._tower is not None else self._traces
 
     def detach(self) -> None:
         """Leave the model as it was."""
@@ -245,7 +249,7 @@ class Attached:
         if self._tower is not None and images:
             self._inside(images)
         if images:
-            self.traces = [image.trace for image in images]
+            self._traces = [image.trace for image in images]
         return images
 
     def _inside(self, images: list[Image]) -> None:
