@@ -79,6 +79,8 @@ class TokenPolicy:
         learned = dict(self.learned)
         for name, method in self.methods.items():
             if method.needs_calibration and name not in learned:
+                if not self.shape.merges_inside:
+                    raise _whole_grid(name)
                 if not images:
                     raise UsageError(f"`{name}` is calibrated on images, and none were given", "`--calibration FOLDER`")
                 with torch.no_grad():
@@ -160,15 +162,19 @@ def _resolved(stage: Stage, shape: Shape, name: str) -> tuple[int, Stage] | None
         return shape.layers, stage
     if kind == "block":
         if not shape.merges_inside:
-            raise UsageError(
-                f"`{name}` cuts tokens inside the vision tower, and this model's tower needs its whole grid",
-                "use a policy that cuts at the input, such as `visionzip` or `divprune`",
-            )
+            raise _whole_grid(name)
         return min(max(stage.at.of(shape.blocks), 0), shape.blocks - 1), stage
     number = max(stage.at.of(shape.layers), 1, shape.deepstack)
     if number >= shape.layers:
         raise UsageError(f"`{name}` cuts at layer {number}, and the model has {shape.layers}", "name an earlier layer")
     return number, stage
+
+
+def _whole_grid(name: str) -> UsageError:
+    return UsageError(
+        f"`{name}` cuts tokens inside the vision tower, and this model's tower needs its whole grid",
+        "use a policy that cuts at the input, such as `visionzip` or `divprune`",
+    )
 
 
 class Attached:
@@ -258,23 +264,47 @@ class Attached:
         plans = self._tower.plans
         if any(getattr(method, "expand", False) for method in self.policy.methods.values()):
             return
+        starts = _first_crops(images)
         for image in images:
             patches = image.picture.patches
-            if not len(patches) or bool((patches < 0).any()):
-                self._note("tokens were merged inside the tower only: this model's projector needs its whole grid")
+            if not len(patches) or bool((patches < 0).any()) or starts.get(None) != len(plans):
+                self._note("tokens were merged inside the tower only: the language model sees all of this image")
                 continue
             per = len(plans[0].assign)
-            image.cut("tower", _left_by_tower(plans, patches, per))
+            image.cut("tower", _left_by_tower(plans, patches + per * starts[id(image.picture.tower)], per))
+
+
+def _first_crops(images: list[Image]) -> dict[int | None, int]:
+    """The number of each picture's first crop in the tower's batch, by what the tower did with it; under None: of all.
+
+    Beams repeat a picture, and share what the tower did with it.
+    """
+    starts: dict[int | None, int] = {}
+    total = 0
+    for view in (image.picture.tower for image in images):
+        if view is not None and view.hidden is not None and id(view) not in starts:
+            starts[id(view)] = total
+            total += len(view.hidden)
+    return {**starts, None: total}
 
 
 def _left_by_tower(plans: list[Plan], patches: Tensor, per: int) -> Plan:
-    """The tokens of an image whose patch still stands in the tower's plans; each has its group's features already."""
-    kept = torch.zeros(len(plans) * per, device=patches.device)
-    for crop, plan in enumerate(plans):
-        kept[crop * per + plan.keep] = plan.size
-    size = kept[patches]
-    keep = size.nonzero()[:, 0]
-    return replace(Plan.dropping(keep, torch.ones_like(size)), size=size[keep])
+    """One token of each group that the tower has merged: all of a group have its features already.
+
+    `patches` int64 [N]: crop * `per` + patch of each token. The first token of a group stands for it: the patch that
+    the tower chose may have been cut away as padding.
+    """
+    groups = [
+        torch.where(p.assign >= 0, p.keep[p.assign.clamp(min=0)] + per * crop, -1) for crop, p in enumerate(plans)
+    ]
+    group = torch.cat(groups)[patches]
+    used, number = group.unique(return_inverse=True)
+    at = torch.arange(len(group), device=group.device)
+    first = at.new_full((len(used),), len(group)).scatter_reduce_(0, number, at, "amin")
+    keep, order = first[used >= 0].sort()
+    rank = torch.full_like(used, -1)
+    rank[(used >= 0).nonzero()[:, 0][order]] = torch.arange(len(order), device=used.device)
+    return Plan.merging(keep, rank[number], torch.ones(len(group), device=group.device))
 
 
 def _layers(stages: list[tuple[int, Stage]]) -> Any:
