@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -105,6 +106,27 @@ class Rows:
     def text(self) -> Tensor:
         """From every text token after the image, mean over heads: [L, N]."""
         return self.attention.mean(0)
+
+
+class LazyRows(Rows):
+    """Rows that are computed when they are first asked for: few methods do.
+
+    Args:
+        compute: gives attention and logits, each float32 [H, L, N].
+    """
+
+    def __init__(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        object.__setattr__(self, "_compute", cache(compute))
+
+    @property
+    def attention(self) -> Tensor:
+        """Float32 [H, L, N]."""
+        return self._compute()[0]  # type: ignore[attr-defined]
+
+    @property
+    def logits(self) -> Tensor:
+        """The same before the softmax."""
+        return self._compute()[1]  # type: ignore[attr-defined]
 
 
 @dataclass

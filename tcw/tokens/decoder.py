@@ -12,6 +12,7 @@ the left. B batch, S tokens of a call, L of them left.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from tcw.tokens import COMPACT, DECODE, Stage
 from tcw.tokens.caches import keep_only, refuse_cache, refuse_windows
-from tcw.tokens.context import Context, Rows
+from tcw.tokens.context import Context, LazyRows, Rows
 from tcw.tokens.cuts import Image, plan_stage
 from tcw.tokens.positions import after, at_rows, closed, following, full, gathered, padded, real_of, visible
 from tcw.tokens.watch import blocks_of, queries_keys
@@ -308,24 +309,28 @@ class Decoder:
     def _rows(self, call: Call, stage: Stage, layer: int) -> Callable[[Image], Rows]:
         """Attention of the text after an image to its tokens, in the layer that the stage looks at.
 
-        Tokens of earlier calls, which are only in the cache, are left out of the softmax.
+        Tokens of earlier calls, which are only in the cache, are left out of the softmax. What is not asked for is not
+        computed.
         """
         number = max(0, layer + stage.probe)
         hidden, embeddings, ids = call.saved[number]
-        with torch.no_grad():
-            queries, keys, scaling = queries_keys(self._layers[number], hidden, embeddings)
 
-        def rows(image: Image) -> Rows:
+        @cache
+        def products() -> tuple[Tensor, Tensor, float]:
+            with torch.no_grad():
+                return queries_keys(self._layers[number], hidden, embeddings)
+
+        def rows(image: Image) -> tuple[Tensor, Tensor]:
+            queries, keys, scaling = products()
             row, seen = image.picture.sample, call.before.seen
             asked = self._asking(call, image) + seen
-            slots = _lookup(ids[row], asked)
-            logits = queries[row][:, slots].float() @ keys[row].float().mT * scaling
+            logits = queries[row][:, _lookup(ids[row], asked)].float() @ keys[row].float().mT * scaling
             sees = (ids[row][None, :] >= 0) & (ids[row][None, :] <= asked[:, None])
             attention = logits.masked_fill(~sees, -torch.inf).softmax(-1)
             columns = _lookup(ids[row], image.columns + seen)
-            return Rows(attention[..., columns], logits[..., columns])
+            return attention[..., columns], logits[..., columns]
 
-        return rows
+        return lambda image: LazyRows(partial(rows, image))
 
     def _asking(self, call: Call, image: Image) -> Tensor:
         """Columns of the text tokens after an image; of the last token of all, where there are none."""

@@ -52,8 +52,16 @@ class TokenPolicy:
             raise UsageError("a token policy needs a method", "`tcw methods` lists those of the family tokens")
         if len({getattr(m, "positions", KEEP) for m in self.methods.values()}) > 1:
             raise UsageError("methods disagree about `positions`", "give all of them the same")
-        if not self.shape.layers and self.over_text:
-            raise UsageError("a tower reads no text", "use a method of the family tokens")
+        if self.over_text and (self.shape.blocks or len(self.methods) > 1):
+            raise UsageError(
+                "a policy over a prompt's text stands alone, and on a model that reads only text",
+                "use methods of the family tokens for a model with images",
+            )
+        if not self.over_text and not self.shape.blocks:
+            raise UsageError(
+                "this model takes no images: policies for visual tokens have nothing to cut",
+                "`tcw methods` lists policies for text models, under `kv` and `prompt`",
+            )
         self.stages()
 
     @classmethod

@@ -18,6 +18,7 @@ from tcw.tokens.shape import shape_of
 
 from .dense import masked_logits
 from .models import VLMS
+from .test_decoder import llama, prompts
 
 SPECS = {
     "input": "tokens.random:keep=0.4",
@@ -192,3 +193,22 @@ def test_one_policy_at_a_time_and_no_labels() -> None:
             model(**inputs, labels=inputs["input_ids"])
     assert model.token_policy is None
     assert shape_of(model).layers == 5
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_a_policy_over_the_text_of_a_prompt(padding: bool) -> None:
+    model, inputs = llama(), prompts(padding)
+    with TokenPolicy.make("promptdistill:keep=0.5,layer=2", model).attach(model) as attached, torch.no_grad():
+        found = model(**inputs).logits[:, -1]
+        left = attached.left
+    wanted = masked_logits(model, inputs, left)[:, -1]
+    assert [len(row) for row in left[0]] == [24, 19 if padding else 24]
+    assert [len(row) for row in left[3]] == [13, 10 if padding else 13]
+    torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
+
+
+def test_policies_for_images_and_for_text_are_told_apart() -> None:
+    with pytest.raises(UsageError, match="takes no images"):
+        TokenPolicy.make("divprune", llama())
+    with pytest.raises(UsageError, match="reads only text"):
+        TokenPolicy.make("promptdistill", model_of("llava"))
