@@ -128,7 +128,7 @@ class Shape:
     """What a method may want to know of a model before it says what it does.
 
     Attributes:
-        blocks: blocks of the vision tower.
+        blocks: blocks of the vision tower, in a vision-language model those that its features come from.
         layers: layers of the language model; 0: there is none.
         has_cls: the tower has a class token.
         tokens: visual tokens of an image, where that is always the same; else 0.

@@ -12,7 +12,7 @@ from tcw.errors import UsageError
 from tcw.tokens import pack
 from tcw.tokens.context import Looked, TowerView
 from tcw.tokens.pack import Grid, Layout
-from tcw.tokens.shape import has_class_token
+from tcw.tokens.shape import depth_of, has_class_token
 from tcw.tokens.watch import Recording, blocks_of
 
 View = tuple[Layout, TowerView | None]
@@ -47,7 +47,7 @@ class Views:
         self.passage: Passage | None = None
         self._inner, self._tower, self._note = inner, tower, note
         self._packing, self._cls = pack.packing_of(inner), has_class_token(tower)
-        self._depth = _depth(inner, len(blocks_of(tower)))
+        self._depth = depth_of(inner, len(blocks_of(tower)))
         self._layers = {n: self._recorded(n) for n in sorted(_within(layers(self._depth), self._depth))}
         self._recording = Recording(tower, sorted(set(self._layers.values())))
         projector = _projector(inner, tower)
@@ -169,13 +169,6 @@ def grids_of(inner: PreTrainedModel, kind: str, arguments: dict[str, Any], count
         return [None] * count
     merge = getattr(inner.config.vision_config, "spatial_merge_size", 1)
     return [(int(t), int(h) // merge, int(w) // merge) for t, h, w in grids.tolist()]
-
-
-def _depth(inner: PreTrainedModel, blocks: int) -> int:
-    """Layers of the tower whose output is the features."""
-    layers = getattr(inner.config, "vision_feature_layer", -1)
-    chosen = [layers] if isinstance(layers, int) else list(layers)
-    return max(1, max(n % (blocks + 1) for n in chosen))
 
 
 def _within(layers: set[int], depth: int) -> set[int]:

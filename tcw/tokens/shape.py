@@ -45,8 +45,9 @@ def shape_of(model: PreTrainedModel) -> Shape:
     text = None if of == TOWER else text_model_of(model)
     vision = getattr(model.config, "vision_config", model.config)
     stacked = getattr(vision, "deepstack_visual_indexes", None)
+    blocks = len(blocks_of(tower))
     return Shape(
-        blocks=len(blocks_of(tower)),
+        blocks=blocks if text is None else depth_of(inner_of(model), blocks),
         layers=0 if text is None else len(blocks_of(text)),
         has_cls=has_class_token(tower),
         tokens=_tokens(model, of, vision),
@@ -83,6 +84,13 @@ def text_model_of(model: PreTrainedModel) -> PreTrainedModel:
     if inner is None and kind_of(model) == TEXT:
         return model.base_model
     return _part(inner_of(model), _DECODERS)
+
+
+def depth_of(inner: PreTrainedModel, blocks: int) -> int:
+    """Layers of the tower whose output is the features."""
+    layers = getattr(inner.config, "vision_feature_layer", -1)
+    chosen = [layers] if isinstance(layers, int) else list(layers)
+    return max(1, max(n % (blocks + 1) for n in chosen))
 
 
 def has_class_token(tower: nn.Module) -> bool:

@@ -21,8 +21,8 @@ def llama() -> LlamaForCausalLM:
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
-        ("llava", Shape(BLOCKS, LAYERS, has_cls=True, tokens=36)),
-        ("llava_next", Shape(BLOCKS, LAYERS, has_cls=True)),
+        ("llava", Shape(BLOCKS - 1, LAYERS, has_cls=True, tokens=36)),
+        ("llava_next", Shape(BLOCKS - 1, LAYERS, has_cls=True)),
         ("llava_onevision", Shape(BLOCKS, LAYERS, has_cls=False)),
         ("qwen2_vl", Shape(BLOCKS, LAYERS, has_cls=False, merges_inside=False)),
         ("qwen2_5_vl", Shape(BLOCKS, LAYERS, has_cls=False, merges_inside=False)),
