@@ -317,8 +317,12 @@ class Decoder:
 
         @cache
         def products() -> tuple[Tensor, Tensor, float]:
-            with torch.no_grad():
-                return queries_keys(self._layers[number], hidden, embeddings)
+            self._call = None  # the layer is called once more, and is not to be cut in that
+            try:
+                with torch.no_grad():
+                    return queries_keys(self._layers[number], hidden, embeddings)
+            finally:
+                self._call = call
 
         def rows(image: Image) -> tuple[Tensor, Tensor]:
             queries, keys, scaling = products()

@@ -30,7 +30,6 @@ from tcw.tokens.selects import important_then_diverse
 
 LEAST = 1e-6
 DAMPED = 0.1
-REMOVED, PAPER = 8, 576  # tokens that are removed in a round, of how many
 
 
 def sharpened(relevance: Tensor, temperature: float, power: float, spared: float) -> Tensor:
@@ -63,11 +62,9 @@ class Flashvlm(TokenMethod):
 
     def stages(self, shape: Shape, learned: dict[str, Tensor]) -> tuple[Stage, ...]:
         """One cut at the input."""
-        return (Stage(INPUT, choose(self._halves, drop(), self.score), self.keep, layers=last),)
-
-    def _halves(self, context: Context, scores: Tensor | None, k: int) -> Tensor:
-        removed = max(REMOVED, context.tokens * REMOVED // PAPER)
-        return important_then_diverse(self.important, removed)(context, scores, k)
+        return (
+            Stage(INPUT, choose(important_then_diverse(self.important), drop(), self.score), self.keep, layers=last),
+        )
 
     def score(self, context: Context) -> Tensor:
         """Attention of the class token and likeness to the text, as a weighted geometric mean: [N]."""

@@ -6,7 +6,6 @@
     mmr, dpp                    high scores and far apart
     bipartite_dedup             what is left when the most alike are removed, a few at a time
     important_then_diverse      some by score, the others as above
-    cumulative_mass, dual_threshold   rules: as many as it takes
 
 Of equal tokens the first is taken, always.
 """
@@ -23,6 +22,7 @@ from tcw.tokens._similarity import Cosine, Features, here
 from tcw.tokens.context import Context
 from tcw.tokens.scores import min_max
 
+_PAPER = 576  # tokens of an image in LLaVA-1.5
 ISOLATED, UNLIKE_MEAN = "isolated", "unlike-mean"
 SPENT = 1e-4
 """A determinant that grows by less than this factor is at the end of what float32 can tell (`dpp`)."""
@@ -238,34 +238,19 @@ def deduplicated(cosine: Cosine, tokens: Tensor, k: int, removed: int) -> Tensor
 
 
 def important_then_diverse(important: float = 0.5, removed: int = 8, features: Features = here) -> Select:
-    """The share `important` of k by score (one at least), the others by `bipartite_dedup` of the rest (VisPruner)."""
+    """The share `important` of k by score (one at least), the others by `bipartite_dedup` of the rest (VisPruner).
+
+    `removed` is for the 576 tokens of the paper; of more tokens more go in a round, or the work grows with their cube.
+    """
 
     def select(context: Context, scores: Tensor | None, k: int) -> Tensor:
         order = ranked(_needed(scores))
         top = min(k, max(1, math.floor(important * k + 0.5)))
-        rest = deduplicated(Cosine(features(context)), order[top:].sort().values, k - top, removed)
+        round_ = max(removed, context.tokens * removed // _PAPER)
+        rest = deduplicated(Cosine(features(context)), order[top:].sort().values, k - top, round_)
         return torch.cat([order[:top], rest]).sort().values
 
     return select
-
-
-def cumulative_mass(scores: Tensor, share: float) -> Tensor:
-    """The fewest tokens that have the share `share` of all scores (0 or more): int64, ascending, one at least."""
-    order = ranked(scores)
-    mass = scores.float()[order].cumsum(0)
-    count = int((mass < share * mass[-1]).sum()) + 1
-    return order[: min(count, len(order))].sort().values
-
-
-def dual_threshold(rows: Tensor, together: float, single: float) -> Tensor:
-    """Tokens that the text as a whole or one of its tokens looks at: int64, ascending, one at least (MustDrop).
-
-    A token goes if its part of all attention in `rows` [L, N] is below `together`, and no row gives it `single`.
-    """
-    rows = rows.float()
-    mass, most = rows.sum(0), rows.max(0).values
-    stays = (mass >= together * mass.sum()) | (most >= single)
-    return stays.nonzero()[:, 0] if bool(stays.any()) else mass.argmax()[None]
 
 
 def _greedy(first: int, k: int, context: Context, value: Callable[[int], Tensor]) -> Tensor:

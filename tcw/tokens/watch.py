@@ -83,16 +83,17 @@ def queries_keys(block: nn.Module, hidden: Tensor, position_embeddings: Any) -> 
 
     Nothing is written to a cache, and attention itself is not computed.
     """
-    attention = attention_of(block)
-    normed = _input_norm(block)(hidden)
-    before = attention.config._attn_implementation
-    attention.config._attn_implementation = _PROBE
-    try:
-        attention(normed, position_embeddings=position_embeddings, attention_mask=None, past_key_values=None)
+    config = attention_of(block).config
+    before = config._attn_implementation
+    config._attn_implementation = _PROBE
+    try:  # the layer itself knows what it does to its input first, and how its attention is called
+        block(hidden, position_embeddings=position_embeddings, attention_mask=None, past_key_values=None)
     except _Enough as enough:
         return enough.call
+    except (TypeError, AttributeError):
+        pass  # it wants other arguments
     finally:
-        attention.config._attn_implementation = before
+        config._attn_implementation = before
     raise UsageError(
         f"`{type(block).__name__}` does not call its attention as transformers' models do",
         "use a policy that needs no attention of the language model, such as `divprune`",
@@ -104,12 +105,6 @@ class _Enough(Exception):
 
     def __init__(self, call: Call) -> None:
         self.call = call
-
-
-def _input_norm(block: nn.Module) -> nn.Module:
-    names = ("input_layernorm", "layernorm_before", "layer_norm1", "norm1", "self_attn_layer_norm")
-    found = next((getattr(block, name) for name in names if hasattr(block, name)), None)
-    return nn.Identity() if found is None else found
 
 
 def _call(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Call:

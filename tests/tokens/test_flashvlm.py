@@ -10,7 +10,6 @@ from torch import Tensor
 from tcw.tokens import Shape
 from tcw.tokens.context import Context
 from tcw.tokens.flashvlm import LEAST, Flashvlm, sharpened
-from tcw.tokens.selects import important_then_diverse
 
 from .contexts import best, class_row, image
 
@@ -78,15 +77,6 @@ def test_diverse_half_has_few_copies() -> None:
     x[10:] = x[10]
     plan = Flashvlm(important=0.0).stages(VLM, {})[0].plan(replace(context, x=x), 12)
     assert int((plan.keep >= 10).sum()) <= 4
-
-
-@pytest.mark.parametrize(("grid", "removed"), [((1, 5, 6), 8), ((1, 24, 24), 8), ((1, 30, 40), 16)])
-def test_more_go_in_a_round_of_a_large_image(grid: tuple[int, int, int], removed: int) -> None:
-    context = image(grid, seed=4, layers=(3,))
-    k = context.tokens // 3
-    plan = Flashvlm().stages(VLM, {})[0].plan(context, k)
-    expected = important_then_diverse(0.5, removed)(context, Flashvlm().score(context), k)
-    assert plan.keep.tolist() == expected.tolist()
 
 
 def words(context: Context) -> tuple[Context, list[str]]:

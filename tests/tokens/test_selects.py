@@ -202,28 +202,13 @@ def test_important_then_diverse(important: float) -> None:
         assert found.tolist() == sorted(expected)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
-def test_cumulative_mass(share: float) -> None:
-    for seed in range(10):
-        scores = torch.rand(11, generator=torch.Generator().manual_seed(seed)) ** 3 + 0.01
-        wanted = share * float(scores.double().sum()) - 1e-6
-        count = next(n for n in range(1, 12) if float(scores.double().sort(descending=True).values[:n].sum()) >= wanted)
-        assert selects.cumulative_mass(scores, share).tolist() == best(scores.tolist(), count)
-    assert selects.cumulative_mass(torch.zeros(5), 0.9).tolist() == [0]
-
-
-def test_dual_threshold() -> None:
-    for seed in range(10):
-        rows = torch.rand(4, 9, generator=torch.Generator().manual_seed(seed)) ** 4
-        for together, single in ((0.05, 0.3), (0.15, 0.9), (2.0, 0.9), (0.0, 2.0)):
-            columns = [float(rows[:, j].double().sum()) for j in range(9)]
-            kept = [
-                j
-                for j in range(9)
-                if columns[j] >= together * sum(columns) or any(float(v) >= single for v in rows[:, j])
-            ]
-            found = selects.dual_threshold(rows, together, single).tolist()
-            assert found == (kept or [max(range(9), key=lambda j: columns[j])])
+def test_more_go_in_a_round_of_a_large_image() -> None:
+    context = image((1, 30, 40))
+    scores = torch.rand(1200, generator=torch.Generator().manual_seed(0))
+    order = scores.argsort(descending=True, stable=True)
+    expected = selects.deduplicated(Cosine(context.x), order[200:].sort().values, 200, 16)
+    found = selects.important_then_diverse(0.5, 8)(context, scores, 400)
+    assert found.tolist() == sorted([*order[:200].tolist(), *expected.tolist()])
 
 
 GREEDY: dict[str, Select] = {
