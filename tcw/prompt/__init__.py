@@ -66,3 +66,18 @@ class PromptMethod(Method):
         Raises UsageError: the method cannot score this text (no model, no question); the message says what to do.
         """
         raise NotImplementedError
+
+    def reader(self) -> str:
+        """The MODEL whose tokenizer counts tokens unless another is named; "" for any."""
+        return ""
+
+    def context_scores(self, contexts: Sequence[str], prompt: Prompt) -> "np.ndarray | None":
+        """How much each of several contexts matters as a whole: float64 [contexts], higher stays; None: not asked.
+
+        Of `prompt` all but `text` and `units` may be read.
+        """
+        return None
+
+    def notes(self, prompt: Prompt, kept: "np.ndarray") -> Sequence[str]:
+        """What the user should know of a choice of units (bool [units]), a line each."""
+        return ()
