@@ -23,7 +23,7 @@ from tcw.tensor import MAX_DIMS, PART_DTYPES, TensorData, TensorInfo
 from tcw.weights import Encoded, WeightMethod
 
 MANIFEST = "tcw.json"
-FORMAT = "1.2"
+FORMAT = "1.3"
 QUANT_METHOD = "tcw"
 POLICIES = "policies/"  # the folder of what policies measured
 RAW, SAME = "raw", "same"  # entries that no method made: stored as it was; stored once under another name

@@ -3,7 +3,7 @@
     rotate, calibrate             where a method asks for it: block by block, results on the disk
     read ─► hash ─► encode        in workers, several tensors at once, never more than a window of bytes
                       └─► write   here, in the source's order
-    policies                      what applies at run time (KV cache), calibrated on the weights as they are by then
+    policies                      what applies when it runs (tcw/policies.py), calibrated on the weights as they now are
 
 A tensor that calibration has coded already is only taken over. The unit of work is `compress_tensor`, a plain function
 of plain arguments, so threads, processes or a cluster are a choice of executor. Memory is bounded by the window and the
@@ -24,14 +24,14 @@ from threading import Thread, Timer
 from typing import TYPE_CHECKING, Any
 
 from tcw.artifact import RAW, SAME, file_sha256
-from tcw.artifact_writer import ArtifactWriter, Stored, StorePolicies
+from tcw.artifact_writer import ArtifactWriter, Stored
 from tcw.calibration import Settings
 from tcw.calibration.store import NOTHING, Calibrated
 from tcw.cores import cores
 from tcw.errors import ResourceError, SourceError, UsageError
 from tcw.events import Progress, Report, silent
 from tcw.memory import peak_memory, peak_of
-from tcw.methods import family_of
+from tcw.policies import Policies, is_policy
 from tcw.recipe import Recipe, Step
 from tcw.report import CompressReport, Plan, PlannedTensor
 from tcw.source import Source
@@ -41,11 +41,9 @@ from tcw.window import in_order
 
 if TYPE_CHECKING:
     from tcw.calibration.run import Inputs
-    from tcw.kv.policy import Policy
 
 _GRACE = 5.0  # seconds
 _SAMPLE_BYTES = 64 << 20  # a plan looks at this much of a tensor
-KV_CONTEXT = 4096  # tokens that a plan counts the bytes of
 
 
 def compress_tensor(source: Source, name: str, steps: tuple[Step, ...], calibrated: Calibrated = NOTHING) -> Stored:
@@ -68,7 +66,7 @@ def compress_tensor(source: Source, name: str, steps: tuple[Step, ...], calibrat
 
 def plan(source: Source, recipe: Recipe, *, calibration: Settings | None = None, progress: Report = silent) -> Plan:
     """Predict what `compress` would write, from the tensors' real bits (large ones sampled), writing nothing."""
-    steps, policy = _check(source, recipe)
+    steps, policies = _check(source, recipe)
     source, _ = _rotated(source, steps, check=False)
     infos = source.tensors()
     total, done = sum(i.nbytes for i in infos.values()), 0
@@ -82,7 +80,7 @@ def plan(source: Source, recipe: Recipe, *, calibration: Settings | None = None,
     needs = _needs(source, steps, calibration or Settings())
     walk = sum(needs[k] for k in ("bytes_block", "bytes_activations")) if needs else 0
     return Plan(
-        recipe, tuple(planned), (1 << 30) + max(2 * largest, walk), needs, policy.plan(KV_CONTEXT) if policy else None
+        recipe, tuple(planned), (1 << 30) + max(2 * largest, walk), needs, policies.kv_plan(), policies.outlook(source)
     )  # fmt: skip
 
 
@@ -126,11 +124,11 @@ def compress(
         SourceError: the model is damaged, or changed while it was read; it has no tokenizer to calibrate with.
         ResourceError: no space or no memory left; `resume` goes on.
     """
-    steps, policy = _check(source, recipe)
+    steps, policies = _check(source, recipe)
     start, settings = time.monotonic(), calibration or Settings()
     source, notes = _rotated(source, steps, check=True)
     inputs = _inputs(source, steps, settings)  # what is wrong with them shows before the work
-    kv, store_policy = policy.plan(KV_CONTEXT) if policy else None, _storing(source, policy, settings)
+    kv, tokens, store = policies.kv_plan(), policies.outlook(source), policies.storing(source, settings)
     writer = ArtifactWriter(source, recipe.to_json(), out, _part_names(steps), force=force, resume=resume)
     hasher = ThreadPoolExecutor(1)
     try:
@@ -143,22 +141,12 @@ def compress(
         source.check_unchanged()
         notes = (*notes, *calibrated.notes)
         facts = {**calibrated.facts, "notes": list(notes)} if calibrated.facts else {}
-        artifact = writer.finish(source_hashes, facts, store_policy)
+        artifact = writer.finish(source_hashes, facts, store)
     finally:
         hasher.shutdown(wait=False, cancel_futures=True)
         writer.close()
     report = _report(source, recipe, writer, artifact, time.monotonic() - start, workers, notes)
-    return replace(report, kv=kv)
-
-
-def _storing(source: Source, policy: "Policy | None", settings: Settings) -> StorePolicies | None:
-    """What stores the policy once the weights are written; its text is read now, so that a bad one shows early."""
-    if policy is None:
-        return None
-    from tcw.kv import passes
-
-    text = passes.calibration_text(source, policy, settings)
-    return lambda artifact: passes.write(artifact, policy, text, settings.device)
+    return replace(report, kv=kv, tokens=tokens)
 
 
 def _calibrates(steps: tuple[Step, ...]) -> bool:
@@ -209,27 +197,22 @@ def _needs(source: Source, steps: tuple[Step, ...], settings: Settings) -> dict[
     return run.needs(source, steps, settings)
 
 
-def _check(source: Source, recipe: Recipe) -> "tuple[tuple[Step, ...], Policy | None]":
-    """The steps for weights, and the KV policy of the others. Raises SourceError, UsageError."""
+def _check(source: Source, recipe: Recipe) -> tuple[tuple[Step, ...], Policies]:
+    """The steps for weights, and the policies of the others. Raises SourceError, UsageError."""
     if source.quantized_by:
         raise SourceError(
             f"`{source.id}` is already quantised by {source.quantized_by}", "start from the original model"
         )
-    policies = tuple(step for step in recipe.steps if family_of(step.method) == "kv")
+    policies = tuple(step for step in recipe.steps if is_policy(step))
     steps = tuple(step for step in recipe.steps if step not in policies)
     for step in steps:
         _weight_method(step)
-    if not policies:
-        return steps, None
-    from tcw.kv import passes
-
-    return steps, passes.outlined(source, policies)
+    return steps, Policies.of(source, policies)
 
 
 def _weight_method(step: Step) -> WeightMethod:
     method = step.build()
-    if not isinstance(method, WeightMethod):
-        raise UsageError(f"`{step.method}` is neither a method for weights nor a KV policy")
+    assert isinstance(method, WeightMethod), "policies are apart"
     return method
 
 

@@ -26,7 +26,9 @@ from tcw.folders import folder
 
 OUTPUT_LIMITS = ("max_kl", "min_top1", "max_ppl_rise", "min_greedy")  # on what a model says
 KV_LIMITS = ("max_kv_bytes", "max_key_nll_rise", "max_next_nll_rise")  # on a KV-cache policy
-LIMITS = (*OUTPUT_LIMITS, *KV_LIMITS, "max_weight_error", "max_bits_per_weight")  # the last two: tensors and files
+TOKEN_LIMITS = ("max_token_flops", "max_token_kl", "min_token_top1", "max_answer_nll_rise", "min_patch_cosine")
+# the last two: tensors and files
+LIMITS = (*OUTPUT_LIMITS, *KV_LIMITS, *TOKEN_LIMITS, "max_weight_error", "max_bits_per_weight")
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,10 @@ def stated_limits(steps: tuple[Step, ...]) -> dict[str, float]:
     """
     built = [step.build() for step in steps]
     merged: dict[str, float] = {}
-    for family, names in (("weights", (*OUTPUT_LIMITS, "max_weight_error")), ("kv", KV_LIMITS)):
+    for family, names in (
+        ("weights", (*OUTPUT_LIMITS, "max_weight_error")), ("kv", KV_LIMITS), ("tokens", TOKEN_LIMITS),
+        ("prompt", TOKEN_LIMITS),
+    ):  # fmt: skip
         lossy = [dict(getattr(m, "limits", {})) for m in built if m.family == family and not m.lossless]
         for name in names:
             values = [limits[name] for limits in lossy if name in limits]

@@ -9,6 +9,7 @@ from tcw.tensor import TensorInfo
 
 if TYPE_CHECKING:
     from tcw.kv.plan import Plan as KVPlan
+    from tcw.tokens.flops import Outlook
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     peak_memory_bytes: int
     calibration: dict[str, Any] | None = None  # what it would take (tcw/calibration/run.py), None without
-    kv: "KVPlan | None" = None  # what its KV policy would hold of KV_CONTEXT tokens
+    kv: "KVPlan | None" = None  # what its KV policy would hold of KV_CONTEXT tokens (tcw/policies.py)
+    tokens: "Outlook | None" = None  # what its token policy would leave of an image
 
     @property
     def original_bytes(self) -> int:
@@ -58,6 +60,7 @@ class CompressReport:
     peak_memory_bytes: int
     notes: tuple[str, ...] = ()  # what could not be done as asked
     kv: "KVPlan | None" = None  # what its KV policy holds of KV_CONTEXT tokens
+    tokens: "Outlook | None" = None  # what its token policy leaves of an image
 
     @property
     def ratio(self) -> float:
@@ -70,6 +73,6 @@ class CompressReport:
         sizes = {"original": self.bytes_original, "compressed": self.bytes_compressed, "ratio": self.ratio}
         tensors = {k: fields[f"tensors_{k}"] for k in ("total", "compressed", "kept")}
         rest = ("methods", "bits_per_weight", "kept_reasons", "notes", "seconds", "peak_memory_bytes")
-        kv = {"kv": self.kv.to_json()} if self.kv else {}
+        policies = {key: fields[key].to_json() for key in ("kv", "tokens") if fields[key]}
         rows = {k: fields[k] for k in rest}
-        return {"artifact": str(self.artifact), "bytes": sizes, "tensors": tensors, **rows, **kv}
+        return {"artifact": str(self.artifact), "bytes": sizes, "tensors": tensors, **rows, **policies}

@@ -296,7 +296,7 @@ def test_side_files_are_copied_byte_for_byte(tiny_llama: Path, whole: Path) -> N
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (whole / name).read_bytes() == (tiny_llama / name).read_bytes()
     config = json.loads((whole / "config.json").read_text())
-    assert config.pop("quantization_config") == {"quant_method": "tcw", "format_version": "1.2", "dtype": "BF16"}
+    assert config.pop("quantization_config") == {"quant_method": "tcw", "format_version": "1.3", "dtype": "BF16"}
     assert config == json.loads((tiny_llama / "config.json").read_text())
 
 

@@ -1,6 +1,7 @@
 """Calibration: what goes into each linear layer of a model, found by running it one transformer block at a time.
 
     texts.py        text -> token sequences
+    images.py       pictures, for methods that look at a vision tower
     rotation.py     the same model in a rotated basis, as a Source
     blocks.py       a model of which one block is in memory at a time
     watch.py        sees every matrix product of a block: inputs, their covariance, gradients
@@ -19,9 +20,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Settings:
-    """What to calibrate on: a text (None: the bundled one), and how many windows of how many tokens; and where."""
+    """What to calibrate on: a text (None: the bundled one), and how many windows of how many tokens; and where.
+
+    `images` are for methods that look at pictures: a folder, or a .npy file (None: those that scikit-image brings).
+    """
 
     text: Path | None = None
     samples: int = 32
     length: int = 512
     device: str = "auto"
+    images: Path | None = None

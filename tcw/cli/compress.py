@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tcw.kv.plan import Plan as KVPlan
     from tcw.report import CompressReport, Plan
     from tcw.source import Source
+    from tcw.tokens.flops import Outlook
 
 EXAMPLES = (
     ("a third smaller, bit for bit the same", "tcw compress demo:smollm2 --recipe lossless"),
@@ -55,8 +56,9 @@ Workers = Annotated[
 Calibration = Annotated[
     Path | None,
     typer.Option(
-        "--calibration", metavar="FILE",
-        help="Text for methods that look at activations: .txt, .jsonl or .parquet.  [default: a novel]",
+        "--calibration", metavar="PATH",
+        help="Text for methods that look at activations: .txt, .jsonl or .parquet; or pictures: a folder, or .npy.  "
+        "[default: a novel; scikit-image's pictures]",
     ),
 ]  # fmt: skip
 Samples = Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Windows of that text to look at.")]
@@ -103,7 +105,8 @@ def compress(
     from tcw.calibration import Settings
     from tcw.source import open_source
 
-    settings = Settings(text=calibration, samples=samples, length=length, device=device)
+    text, pictures = _kinds(calibration)
+    settings = Settings(text=text, samples=samples, length=length, device=device, images=pictures)
     with out.progress() as progress:
         source = open_source(model, progress=progress)
         chosen = _chosen(source, choice, progress)
@@ -157,17 +160,29 @@ def _check(device: str, calibration: Path | None) -> None:
         from tcw.device import pick
 
         pick(device)  # raises when it is not there
-    if calibration is not None and not calibration.is_file():
-        raise SourceError(f"no calibration text at `{calibration}`", "give a .txt, .jsonl or .parquet file")
+    if calibration is not None and not calibration.exists():
+        raise SourceError(
+            f"no calibration text at `{calibration}`", "give a .txt, .jsonl or .parquet file, or a folder of pictures"
+        )
 
 
-def _calibrates(chosen: recipe.Recipe) -> bool:
-    """Say whether a method of the recipe reads a text."""
-    return any(step.build().reads_text() for step in chosen.steps)
+def _kinds(calibration: Path | None) -> tuple[Path | None, Path | None]:
+    """What was given to calibrate on, as a text and as pictures."""
+    from tcw.calibration.images import is_images
+
+    pictures = calibration is not None and is_images(calibration)
+    return (None, calibration) if pictures else (calibration, None)
+
+
+def _calibrates(chosen: recipe.Recipe, pictures: bool) -> bool:
+    """Say whether a method of the recipe reads a text, or looks at pictures."""
+    methods = [step.build() for step in chosen.steps]
+    looks = [m for m in methods if m.family == "tokens" and m.needs_calibration]
+    return bool(looks) if pictures else any(m.reads_text() for m in methods if m not in looks)
 
 
 def _say_unused(chosen: recipe.Recipe, calibration: Path | None) -> None:
-    if calibration is not None and not _calibrates(chosen):
+    if calibration is not None and not _calibrates(chosen, pictures=_kinds(calibration)[1] is not None):
         out.note(f"no method of `{chosen.name}` needs calibration: `{calibration}` is not read")
 
 
@@ -189,6 +204,7 @@ def _show_plan(source: "Source", plan: "Plan", target: Path) -> None:
         "peak_memory_bytes": plan.peak_memory_bytes,
         "calibration": plan.calibration,
         "kv": plan.kv.to_json() if plan.kv else None,
+        "tokens": plan.tokens.to_json() if plan.tokens else None,
     }
     human = {
         "would read": source.id,
@@ -198,6 +214,7 @@ def _show_plan(source: "Source", plan: "Plan", target: Path) -> None:
         "would use": f"up to {show_bytes(plan.peak_memory_bytes)} of memory",
         "would calibrate": _calibration(plan.calibration),
         "would cache": _cached(plan.kv) if plan.kv else None,
+        "would keep": _kept(plan.tokens) if plan.tokens else None,
     }
     out.result(data, lambda: out.facts(human), plan.predicted_bytes)
 
@@ -208,6 +225,16 @@ def _cached(kv: "KVPlan") -> str:
     tokens = f"{min(counts):,} to {max(counts):,}" if min(counts) != max(counts) else f"{counts[0]:,}"
     bound = "up to " if kv.bounded else ""
     return f"at {kv.context:,} tokens {bound}{_share(kv.bytes, kv.dense_bytes)}, {tokens} tokens a head"
+
+
+def _kept(tokens: "Outlook") -> str:
+    """`74 of 576 visual tokens; 31.2 % of the prefill's FLOPs and 21.6 % of the KV cache, with 64 tokens of text`."""
+    bound = "up to " if tokens.bounded else ""
+    often = "" if tokens.known else "say "
+    cache = f" and {100 * tokens.kv_ratio:.1f} % of the KV cache" if tokens.kv_ratio < 1 else ""
+    text = f", with {tokens.text} tokens of text" if tokens.text else ""
+    work = f"{bound}{100 * tokens.flops_ratio:.1f} % of the prefill's FLOPs"
+    return f"{bound}{tokens.kept:,} of {often}{tokens.visual:,} {tokens.what}; {work}{cache}{text}"
 
 
 def _calibration(needs: dict[str, Any] | None) -> str | None:
@@ -229,6 +256,7 @@ def _show_report(report: "CompressReport", target: Path, model: str, lossless: b
         "size": _share(report.bytes_compressed, report.bytes_original),
         "bits/weight": f"{report.bits_per_weight:.2f}",
         "KV cache": _cached(report.kv) if report.kv else None,
+        "tokens": _kept(report.tokens) if report.tokens else None,
         "tensors": f"{report.tensors_compressed} compressed, {kept}",
         "time": show_seconds(report.seconds),
         "peak memory": show_bytes(report.peak_memory_bytes),

@@ -93,6 +93,8 @@ def show(data: dict[str, Any], *, policies: bool = False) -> None:
     out.text(f"needs: memory to run with {_context(context)}; context: the most tokens that fit here")
     if policies and (kv["policies"] or kv["policies_skipped"]):
         _show_policies(kv, context)
+    if data["tokens"]["policies"] or data["tokens"]["policies_skipped"]:
+        _show_tokens(data["tokens"])
 
 
 def _show_policies(kv: dict[str, Any], context: dict[str, Any]) -> None:
@@ -106,6 +108,23 @@ def _show_policies(kv: dict[str, Any], context: dict[str, Any]) -> None:
         )
     out.table((f"KV policy at {_context(context)}", "bytes", "of full", "tokens a head"), rows)
     for name, why in kv["policies_skipped"].items():
+        out.text(f"{name}: {why}")
+
+
+def _show_tokens(tokens: dict[str, Any]) -> None:
+    out.text()
+    rows = []
+    for row in tokens["policies"]:
+        bound, often = "up to " if row["bounded"] else "", "" if row["known"] else "say "
+        rows.append(
+            (row["name"], f"{bound}{row['kept']:,} of {often}{row['visual']:,} {row['what']}",
+             f"{bound}{100 * row['flops_ratio']:.1f} %", f"{bound}{100 * row['kv_ratio']:.1f} %")
+        )  # fmt: skip
+    if rows:
+        out.table(("token policy", "left of an image", "prefill FLOPs", "KV cache"), rows)
+        if text := max(row["text"] for row in tokens["policies"]):
+            out.text(f"of a prompt of one image and {text} tokens of text")
+    for name, why in tokens["policies_skipped"].items():
         out.text(f"{name}: {why}")
 
 

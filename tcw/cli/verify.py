@@ -1,14 +1,17 @@
 """`tcw verify`: hold an artifact against its source; the exit code is the answer."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tcw.cli import options
 from tcw.cli.output import out
-from tcw.recipe import KV_LIMITS, OUTPUT_LIMITS
+from tcw.recipe import KV_LIMITS, LIMITS, OUTPUT_LIMITS, TOKEN_LIMITS
 from tcw.units import show_seconds
+
+if TYPE_CHECKING:
+    from tcw.verify import Verdict
 
 EXAMPLES = (
     ("every tensor against its SHA-256", "tcw verify ./smollm2.lossless"),
@@ -30,6 +33,13 @@ Suites = Annotated[
 ]  # fmt: skip
 TensorsOnly = Annotated[bool, typer.Option("--tensors-only", help="Compare the tensors and stop.")]
 Text = Annotated[Path | None, typer.Option("--text", metavar="FILE", help="Measure perplexity on this text.")]
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        "--images", metavar="DIR",
+        help="PNG or JPEG files, or a .npy, for a token policy.  [default: scikit-image's, or drawn ones]",
+    ),
+]  # fmt: skip
 MaxKL = Annotated[
     float | None, typer.Option("--max-kl", metavar="X", min=0, help="Most mean KL of the logits allowed.")
 ]
@@ -74,6 +84,36 @@ MaxNextRise = Annotated[
         help="Most nats a token that the KV policy may add to text that goes on.",
     ),
 ]  # fmt: skip
+MaxTokenFlops = Annotated[
+    float | None,
+    typer.Option(
+        "--max-token-flops", metavar="X", min=0, help="Most of the prefill's FLOPs that a token policy may leave."
+    ),
+]  # fmt: skip
+MaxTokenKL = Annotated[
+    float | None,
+    typer.Option("--max-token-kl", metavar="X", min=0, help="Most mean KL of answers' logits, under the token policy."),
+]
+MinTokenTop1 = Annotated[
+    float | None,
+    typer.Option(
+        "--min-token-top1", metavar="X", min=0, max=1, help="Least top-1 agreement of answers, under the token policy."
+    ),
+]  # fmt: skip
+MaxAnswerRise = Annotated[
+    float | None,
+    typer.Option(
+        "--max-answer-nll-rise", metavar="X", min=0,
+        help="Most nats more a token of the model's own answer, under the token policy.",
+    ),
+]  # fmt: skip
+MinPatchCosine = Annotated[
+    float | None,
+    typer.Option(
+        "--min-patch-cosine", metavar="X", min=0, max=1,
+        help="Least cosine of a plain tower's patches, under the token policy.",
+    ),
+]  # fmt: skip
 
 
 def verify(
@@ -82,6 +122,7 @@ def verify(
     suite: Suites = None,
     tensors_only: TensorsOnly = False,
     text: Text = None,
+    images: Images = None,
     max_kl: MaxKL = None,
     min_top1: MinTop1 = None,
     max_ppl_rise: MaxRise = None,
@@ -91,6 +132,11 @@ def verify(
     max_kv_bytes: MaxKVBytes = None,
     max_key_nll_rise: MaxKeyRise = None,
     max_next_nll_rise: MaxNextRise = None,
+    max_token_flops: MaxTokenFlops = None,
+    max_token_kl: MaxTokenKL = None,
+    min_token_top1: MinTokenTop1 = None,
+    max_answer_nll_rise: MaxAnswerRise = None,
+    min_patch_cosine: MinPatchCosine = None,
     html: options.Html = None,
     force: options.Force = False,
     device: options.Device = "auto",
@@ -102,19 +148,16 @@ def verify(
 
     The verdict is `identical` (bit for bit), `equivalent` (within the limits) or `different` (exit code 1).
     A lossless artifact needs no reference: it carries a hash of every original tensor. A quantised one does; its
-    recipe or its methods set limits, which the options below override. A stored KV policy is measured when there is a
-    reference, and by `--suite kv` without one.
+    recipe or its methods set limits, which the options below override. Stored policies are measured when there is a
+    reference, and without one by `--suite kv` and `--suite tokens`.
     """
+    given = dict(locals())
     out.configure(json, quiet, verbose)
     options.check_free(html, force)
     from tcw import verify as verification
     from tcw.source import open_source
 
-    limits = {
-        "max_kl": max_kl, "min_top1": min_top1, "max_ppl_rise": max_ppl_rise, "min_greedy": min_greedy,
-        "max_weight_error": max_weight_error, "max_bits_per_weight": max_bits_per_weight,
-        "max_kv_bytes": max_kv_bytes, "max_key_nll_rise": max_key_nll_rise, "max_next_nll_rise": max_next_nll_rise,
-    }  # fmt: skip
+    limits = {name: value for name, value in given.items() if name in LIMITS and value is not None}
     with out.progress() as progress:
         verdict = verification.verify(
             open_source(artifact, progress=progress),
@@ -122,15 +165,21 @@ def verify(
             suites=tuple(suite or ()),
             tensors_only=tensors_only,
             text=text,
-            limits={name: value for name, value in limits.items() if value is not None} or None,
+            limits=limits or None,
             progress=progress,
             device=device,
+            images=images,
         )
     if html is not None:
         from tcw.verify.html import render
 
         options.write_report(html, render(verdict))
         out.note(f"wrote {html}")
+    _tell(verdict)
+
+
+def _tell(verdict: "Verdict") -> None:
+    """Print the verdict, and leave with its exit code."""
     data = verdict.to_json()
     out.result(data, lambda: show(data), verdict.verdict)
     if not verdict.ok:
@@ -139,7 +188,7 @@ def verify(
 
 
 def show(data: dict[str, Any]) -> None:
-    """Print the checks as a table, the KV policy and the limits as two more, and the verdict."""
+    """Print the checks as a table, stored policies and the limits as further ones, and the verdict."""
     out.table(("check", "result"), _rows(data))
     if kv := data.get("kv"):
         from tcw.verify import kv_report
@@ -147,6 +196,13 @@ def show(data: dict[str, Any]) -> None:
         out.text()
         out.table(("KV policy", "reference", "artifact"), [row[:3] for row in kv_report.rows(kv)])
         out.text(kv_report.WHY_BOTH)
+    if tokens := data.get("tokens"):
+        from tcw.verify import token_report
+
+        out.text()
+        rows = [(row.name, row.reference, row.artifact, *row.controls) for row in token_report.rows(tokens)]
+        out.table(("token policy", *token_report.heads(tokens)), rows)
+        out.text(token_report.why(tokens))
     limits = [
         (limit["name"], _number(limit["value"]), _number(limit["limit"]), "pass" if limit["ok"] else "FAIL")
         for limit in data.get("limits") or []
@@ -180,6 +236,10 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         from tcw.verify import kv_report
 
         rows += kv_report.gate_rows(kv)
+    if tokens := data.get("tokens"):
+        from tcw.verify import token_report
+
+        rows += token_report.gate_rows(tokens)
     skipped = data.get("skipped") or {}
     # a limit on output that was not compared at all needs no line of its own
     shown = [name for name in skipped if "outputs" not in skipped or name not in OUTPUT_LIMITS]
@@ -224,23 +284,28 @@ def _say_why(data: dict[str, Any]) -> None:
     if out.mode == "json":
         return
     if failed:
-        out.error(f"failed: {', '.join(failed)}", "`--json` has the numbers; a KV policy that fails must not be used")
+        out.error(f"failed: {', '.join(failed)}", "`--json` has the numbers; a policy that fails must not be used")
     elif past:
         out.error(f"past {'its limit' if len(past) == 1 else 'its limits'}: {', '.join(past)}")
-    elif _unlimited(data):
+    elif policy := _unlimited(data):
+        what, flags = {
+            "kv": ("KV policy", "`--max-key-nll-rise X` and `--max-next-nll-rise X`"),
+            "tokens": ("token policy", "`--max-token-kl X` or `--min-token-top1 X`, of a tower `--min-patch-cosine X`"),
+        }[policy]
         out.error(
-            "the KV policy changes what the model says, and no limit says how much it may",
-            "`--max-key-nll-rise X` and `--max-next-nll-rise X`, or the same in the recipe",
+            f"the {what} changes what the model says, and no limit says how much it may",
+            f"{flags}, or the same in the recipe",
         )
     else:
         out.error("the artifact differs from its source", "`tcw info` shows its methods; compress the model again")
 
 
-def _unlimited(data: dict[str, Any]) -> bool:
-    """Whether all that stands against the artifact is a KV policy that no limit was set on."""
+def _unlimited(data: dict[str, Any]) -> str:
+    """The policy that no limit was set on, where that is all that stands against the artifact; else ""."""
     limits = {limit["name"] for limit in data.get("limits") or []}
-    likeness = set(KV_LIMITS) - {"max_kv_bytes"}
-    return bool(data.get("kv")) and not limits & likeness and bool(limits or not data["tensors"]["different"])
+    likeness = {"kv": set(KV_LIMITS) - {"max_kv_bytes"}, "tokens": set(TOKEN_LIMITS) - {"max_token_flops"}}
+    free = [policy for policy, names in likeness.items() if data.get(policy) and not limits & names]
+    return free[0] if free and (limits or not data["tensors"]["different"]) else ""
 
 
 def _number(value: float | None) -> str:

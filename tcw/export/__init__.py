@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tcw.artifact import Artifact
+from tcw.artifact_policies import WHAT, families
 from tcw.disk import writing
 from tcw.errors import UnknownName, UsageError
 from tcw.events import Report, silent
@@ -101,9 +101,11 @@ def export(
 
 
 def _left_behind(source: Source, target: str) -> tuple[str, ...]:
-    if isinstance(source, Artifact) and source.manifest.get("policies"):
-        return (f"the KV policy stays behind: `{target}` has no place for one",)
-    return ()
+    """A sentence for each kind of policy that is applied at run time, and has no place in other formats."""
+    stored = families(source)
+    return tuple(
+        f"the {what} stays behind: `{target}` has no place for one" for name, what in WHAT.items() if name in stored
+    )
 
 
 def _options(module: ModuleType, target: str) -> dict[str, Any]:

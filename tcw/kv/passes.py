@@ -14,6 +14,7 @@ from tcw.kv import KVMethod, stored
 from tcw.kv.calibrate import calibrated
 from tcw.kv.policy import Policy
 from tcw.kv.shapes import shapes_of, shapes_of_config
+from tcw.policies import named
 from tcw.profile.kv import generates, read_config
 from tcw.recipe import Step
 
@@ -28,15 +29,7 @@ def outlined(source: "Source", steps: tuple[Step, ...]) -> Policy:
 
     Raises UsageError where they do not go together or do not fit the model.
     """
-    methods: dict[str, KVMethod] = {}
-    for step in steps:
-        method = step.build()
-        assert isinstance(method, KVMethod)
-        if step.only or step.skip:
-            raise UsageError(f"`{step.method}` is a KV policy: it has no tensors to `only` take or `skip`")
-        if step.method in methods:
-            raise UsageError(f"`{step.method}` is given twice")
-        methods[step.method] = method
+    methods = {name: method for name, method in named(steps).items() if isinstance(method, KVMethod)}
     config = read_config(source.config)
     if not generates(config):
         raise UsageError(f"`{source.id}` generates no text and has no KV cache", "leave out the KV policies")

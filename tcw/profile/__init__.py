@@ -14,11 +14,12 @@ from tcw import methods
 from tcw.device import Device, copy_bandwidth, pick
 from tcw.errors import UsageError
 from tcw.events import Progress, Report, silent
+from tcw.policies import is_policy
 from tcw.profile.fits import Budget, Forward, forward
 from tcw.profile.kv import KVCache, generates, kv_cache, read_config, text_config
 from tcw.profile.latency import PROMPT_TOKENS, Latency, measure
 from tcw.profile.parts import is_input_side, is_routed_expert, part_of
-from tcw.profile.policies import Policies, default_specs, policies
+from tcw.profile.policies import Policies, TokenPolicies, default_specs, policies, token_policies
 from tcw.profile.tensors import Scan, mean_entropy, scan
 from tcw.recipe import Step, make_step, parse_spec
 from tcw.source import Source
@@ -74,6 +75,7 @@ class Profile:
     model_context: int | None
     tied_head: bool
     policies: Policies = field(default_factory=Policies)
+    tokens: TokenPolicies = field(default_factory=TokenPolicies)
 
     def to_json(self) -> dict[str, Any]:
         """The profile under the keys of docs/cli.md and some more."""
@@ -103,6 +105,7 @@ class Profile:
                 "policies": [row.to_json() for row in self.policies.rows],
                 "policies_skipped": self.policies.skipped,
             },
+            "tokens": self.tokens.to_json(),
             "activations": {"bytes": self.forward.bytes_at(self.context, self.batch)},
             "latency": self.latency.to_json(),
             "context": {"tokens": self.context, "batch": self.batch, "model_max": self.model_context},
@@ -125,8 +128,8 @@ def profile(
 
     Args:
         source: the model; it is only read.
-        specs: methods to compare, as SPEC strings; by default all for weights and all KV policies. None is calibrated
-            for a prediction.
+        specs: methods to compare, as SPEC strings; by default all for weights and all KV policies (no token policies).
+            None is calibrated for a prediction.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         context: tokens of context to plan for; by default 4,096 or what the model was made for, if that is less.
         batch: sequences at once.
@@ -139,7 +142,7 @@ def profile(
     """
     if batch < 1 or (context is not None and context < 1):
         raise UsageError(f"`--{'batch' if batch < 1 else 'context'}` takes 1 or more")
-    steps, kv_steps = _steps(specs)
+    steps, kv_steps, token_steps = _steps(specs)
     where = pick(device)
     seen = scan(source, steps, progress=progress)
     config = read_config(source.config)
@@ -162,7 +165,7 @@ def profile(
         timed = replace(timed, decode_bound_ms=read / bandwidth / 1e6)
     return Profile(
         source.id, _architecture(source.config), where, bandwidth, seen, cache, pass_, timed, rows, tokens, batch,
-        longest, tied, policies(config, kv_steps, cache, tokens, batch),
+        longest, tied, policies(config, kv_steps, cache, tokens, batch), token_policies(source, token_steps),
     )  # fmt: skip
 
 
@@ -186,20 +189,15 @@ def decode_bytes(seen: Scan, text: Any, tied: bool) -> int:
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def _steps(specs: list[str] | tuple[str, ...]) -> tuple[list[Step], list[Step]]:
-    """The methods for weights and the KV policies to compare: those asked for, or all."""
+def _steps(specs: list[str] | tuple[str, ...]) -> tuple[list[Step], list[Step], list[Step]]:
+    """Methods for weights, KV policies and token policies to compare: those asked for, or all of the first two."""
     if not specs:
-        return [make_step(name, {}) for name in methods.names("weights")], default_specs()
-    steps: dict[str, list[Step]] = {"weights": [], "kv": []}
+        return [make_step(name, {}) for name in methods.names("weights")], default_specs(), []
+    found: dict[str, list[Step]] = {"weights": [], "kv": [], "tokens": []}
     for step in map(parse_spec, specs):
-        family = methods.family_of(step.method)
-        if family not in steps:
-            raise UsageError(
-                f"`{step.method}` is neither a method for weights nor a KV policy",
-                "`tcw methods` lists methods by family",
-            )
-        steps[family].append(step)
-    return steps["weights"], steps["kv"]
+        family = methods.family_of(step.method) if is_policy(step) else "weights"
+        found["tokens" if family == "prompt" else family].append(step)
+    return found["weights"], found["kv"], found["tokens"]
 
 
 def _rows(seen: Scan, bare: Budget) -> tuple[Row, ...]:

@@ -1,13 +1,17 @@
-"""What KV policies would hold of a context: their plans, beside the cache as it is."""
+"""What policies would leave: KV policies of a context, token policies of an image; beside the model as it is."""
 
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tcw import methods
-from tcw.errors import UsageError
+from tcw.errors import TcwError, UsageError
 from tcw.profile.kv import KVCache
 from tcw.recipe import Step
+
+if TYPE_CHECKING:
+    from tcw.source import Source
+    from tcw.tokens.flops import Outlook
 
 
 @dataclass(frozen=True)
@@ -86,3 +90,35 @@ def _row(name: str, steps: list[Step], config: Any, cache: KVCache, context: int
     return PolicyRow(
         name, full - plan.dense_bytes + plan.bytes, full, (min(counts), max(counts)), plan.shared_bytes, plan.bounded
     )
+
+
+@dataclass(frozen=True)
+class TokenPolicies:
+    """An outlook for each token policy, by its spec; `skipped` says of the others why they cannot serve the model."""
+
+    rows: dict[str, "Outlook"] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The rows with their names."""
+        rows = [{"name": name, **row.to_json()} for name, row in self.rows.items()]
+        return {"policies": rows, "policies_skipped": self.skipped}
+
+
+def token_policies(source: "Source", specs: list[Step]) -> TokenPolicies:
+    """Plan token policies for a model, each by itself; if there are several that go together, also all as one."""
+    if not specs:
+        return TokenPolicies()
+    from tcw.tokens import passes
+
+    rows, skipped = {}, {}
+    for step in specs:
+        try:
+            rows[step.spec()] = passes.outlook(source, passes.outlined(source, (step,)))
+        except TcwError as error:
+            skipped[step.spec()] = error.message
+    if len(specs) > 1 and not skipped:
+        with suppress(UsageError):  # alternatives, then
+            together = passes.outlined(source, tuple(specs))
+            rows[" + ".join(step.spec() for step in specs)] = passes.outlook(source, together)
+    return TokenPolicies(rows, skipped)

@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from tcw import policies
 from tcw.artifact import QUANT_METHOD, Artifact
 from tcw.device import pick
 from tcw.errors import SourceError, UnknownName, UsageError
@@ -73,18 +74,15 @@ def load(
     loaded.name_or_path = loaded.config.name_or_path = source.id
     _set_generation(loaded, source)
     if isinstance(source, Artifact):
-        attach_policy(loaded, source)
+        policies.attach(loaded, source)
     return loaded
 
 
-def attach_policy(model: Any, artifact: Artifact) -> None:
-    """Have `generate` use the KV policy that an artifact stores, if it does. Raises UsageError, FormatError."""
-    if not artifact.manifest.get("policies"):
-        return
-    from tcw.kv import stored
-
-    if (policy := stored.of_artifact(artifact, model)) is not None:
-        stored.attach(model, policy)
+def skeleton(source: Source) -> Any:
+    """The model without weights, on the device "meta". Raises SourceError where transformers has no class for it."""
+    config = _config(source, trust_remote_code=False)
+    with torch.device("meta"):
+        return _model_class(source, config, None, trust_remote_code=False)(config)
 
 
 def tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:

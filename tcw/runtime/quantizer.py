@@ -26,6 +26,7 @@ from transformers.quantizers.auto import (
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tcw import policies
 from tcw.artifact import FORMAT, MANIFEST, QUANT_METHOD, Artifact, plain_name, read_manifest
 from tcw.errors import FormatError, SourceError, TcwError, UsageError
 from tcw.runtime import blocks, linear, residency
@@ -114,9 +115,7 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
         """Make the model ready: an ordinary one, one of quantised layers, or one that decodes itself by blocks."""
         self._settle(model, **kwargs)
         if self._artifact is not None:
-            from tcw.runtime.load import attach_policy
-
-            attach_policy(model, self._artifact)
+            policies.attach(model, self._artifact)
 
     def _settle(self, model: Any, **kwargs: Any) -> None:
         if self.residency not in (residency.HUFFMAN, residency.PACKED):

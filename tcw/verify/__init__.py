@@ -2,14 +2,14 @@
 
     tensors   every tensor decoded, its SHA-256 against the manifest; with a reference, byte for byte against it
     suites    with a reference: what both models put out for the same inputs (tcw/verify/suites, one suite a file);
-              of a stored KV-cache policy also whether it computes what it should, and what it costs
+              of a stored policy (KV cache, tokens) also whether it computes what it should, and what it costs
     weights   the largest relative error of a tensor, and the bits per weight that lie in the files
     limits    what the recipe or the caller allows; only a limit that was measured and holds can make "equivalent"
 
 Models run with decoded weights, in float32 where that fits: what is judged is the weights, not a kernel that multiplies
 with them. Only FP8 artifacts that quantise the inputs of layers as well are run in that way ("packed").
 
-The weights are judged with a full KV cache, the policy by the suite `kv` alone.
+The weights are judged with a full KV cache and all tokens, policies by the suites `kv` and `tokens` alone.
 
 "identical": every file and tensor is bit for bit what it should be, and so is all output that was compared.
 "equivalent": something differs, and every limit that was measured holds. "different": anything else.
@@ -22,21 +22,25 @@ from contextlib import suppress
 from pathlib import Path
 
 from tcw.artifact import Artifact
+from tcw.artifact_policies import WHAT
+from tcw.artifact_policies import families as families_of
 from tcw.errors import SourceError, UnknownName, UsageError
 from tcw.events import Report, silent
-from tcw.recipe import KV_LIMITS, LIMITS, OUTPUT_LIMITS
+from tcw.recipe import KV_LIMITS, LIMITS, OUTPUT_LIMITS, TOKEN_LIMITS
 from tcw.source import Source
 from tcw.verify import suites as registry
 from tcw.verify.suites import Job, Measured
 from tcw.verify.tensors import check_tensors, lossy_tensors, weigh
-from tcw.verify.verdict import Limit, Verdict, decide, hold
+from tcw.verify.verdict import SUITE_LIMITS, Limit, Verdict, decide, hold
 
 __all__ = ["Limit", "Verdict", "verify"]
 
+POLICIES = {"kv": {"kv"}, "tokens": {"tokens", "prompt"}}  # suite -> the families of policies that it judges
+_ALONE = ("max_bits_per_weight", *KV_LIMITS, *TOKEN_LIMITS)  # limits on what needs no reference
 _MAX_TEXT = 64 << 20
 
 
-def verify(
+def verify(  # noqa: PLR0913  what to judge, by what, and on what
     artifact: Source,
     reference: Source | None = None,
     *,
@@ -46,19 +50,21 @@ def verify(
     limits: dict[str, float | None] | None = None,
     progress: Report = silent,
     device: str = "auto",
+    images: Path | None = None,
 ) -> Verdict:
     """Compare a model with what it was made of; an artifact remembers the verdict in its manifest.
 
     Args:
         artifact: what to judge; any source can be judged against a reference, an artifact also against its manifest.
         reference: the model it should be.
-        suites: names of further suites to run; `outputs` always runs when there is a reference, `kv` too where the
-            artifact stores a KV policy, or when a limit on one is given.
+        suites: names of further suites to run; `outputs` always runs when there is a reference, `kv` and `tokens` too
+            where the artifact stores such a policy, or when a limit on one is given.
         tensors_only: compare no output, run no model.
         text: a UTF-8 file to measure perplexity on instead of the bundled text.
         limits: values that override the recipe's, by the names in tcw.recipe.LIMITS; None leaves the recipe's.
         progress: is told after every tensor, file and prompt.
         device: where models run: "auto", "cpu", "cuda", "cuda:1", "mps".
+        images: a folder of pictures, or a .npy file, for the suite `tokens`.
 
     Raises:
         UnknownName: no such suite or limit.
@@ -67,9 +73,9 @@ def verify(
     """
     start = time.monotonic()
     asked = _check_limits(limits or {})
-    _check_reference(artifact, reference, [n for n in asked if n not in ("max_bits_per_weight", *KV_LIMITS)])
+    _check_reference(artifact, reference, [n for n in asked if n not in _ALONE])
     names = _choose_suites(list(dict.fromkeys(suites)), artifact, reference is not None, asked, tensors_only)
-    job = Job(artifact, reference, _read_text(text), device, progress)
+    job = Job(artifact, reference, _read_text(text), device, progress, images)
     tensors = check_tensors(artifact, reference, progress)
     measured = _run(names, job, "only tensors were asked for" if tensors_only else "", tensors.damaged)
     recipe = artifact.limits() if isinstance(artifact, Artifact) else {}
@@ -102,18 +108,21 @@ def _choose_suites(
     """The suites to run: what was asked for, and what goes without saying. Refuses what cannot run."""
     for name in names:
         registry.get(name)
-    limited = any(name in KV_LIMITS for name in asked)
-    _check_run(tensors_only, bool(names), limited or any(name in OUTPUT_LIMITS for name in asked))
+    limited = [suite for suite in POLICIES if any(name in SUITE_LIMITS[suite] for name in asked)]
+    _check_run(tensors_only, bool(names), bool(limited) or any(name in OUTPUT_LIMITS for name in asked))
     if tensors_only:
         return []
     if reference and "outputs" not in names:
         names = ["outputs", *names]
-    if "kv" not in names and (limited or (reference and _has_policy(artifact))):
-        names = [*names, "kv"]
-    if "kv" in names and not _has_policy(artifact):
-        raise UsageError(
-            f"`{artifact.id}` stores no KV policy", "`tcw methods` lists those of the family kv; compress with one"
-        )
+    for suite, families in POLICIES.items():
+        stored = families & families_of(artifact)
+        if suite not in names and (suite in limited or (reference and stored)):
+            names = [*names, suite]
+        if suite in names and not stored:
+            raise UsageError(
+                f"`{artifact.id}` stores no {WHAT[suite]}",
+                f"`tcw methods` lists those of the family {suite}; compress with one",
+            )
     return names
 
 
@@ -125,17 +134,12 @@ def _run(names: list[str], job: Job, why_not: str, damaged: bool) -> Measured:
     ready = [] if why_not else names
     if "outputs" not in ready:
         measured.skipped["outputs"] = why_not or "there is no reference to compare with"
-    if "kv" not in ready and _has_policy(job.artifact):
-        measured.skipped["kv"] = why_not or "`--suite kv` measures what the stored KV policy costs"
+    for suite, families in POLICIES.items():
+        if suite not in ready and families & families_of(job.artifact):
+            measured.skipped[suite] = why_not or f"`--suite {suite}` measures what the stored {WHAT[suite]} costs"
     for name in ready:
         measured.add(registry.get(name)(job))
     return measured
-
-
-def _has_policy(artifact: Source) -> bool:
-    """Whether an artifact says that it stores a KV policy."""
-    stored = artifact.manifest.get("policies", []) if isinstance(artifact, Artifact) else []
-    return any(isinstance(entry, dict) and entry.get("family") == "kv" for entry in stored)
 
 
 def _check_limits(limits: dict[str, float | None]) -> dict[str, float]:

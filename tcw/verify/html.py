@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from tcw.verify import kv_report
+from tcw.verify import kv_report, token_report
 from tcw.verify.verdict import Limit, Verdict
 
 _TEMPLATE = Path(__file__).with_name("verdict.html.j2")
@@ -16,7 +16,7 @@ _MEANING = {
     "different": "not what it should be",
 }
 _SHOWN = 200  # tensors that differ, in the page
-_PERCENT = ("min_top1", "max_ppl_rise", "min_greedy", "max_kv_bytes")  # limits that are shares
+_PERCENT = ("min_top1", "max_ppl_rise", "min_greedy", "max_kv_bytes", "max_token_flops", "min_token_top1")  # shares
 
 
 def render(verdict: Verdict) -> str:
@@ -35,6 +35,7 @@ def render(verdict: Verdict) -> str:
         kv=_kv(verdict),
         gates=kv_report.gate_rows(verdict.sections["kv"]) if "kv" in verdict.sections else [],
         why_both=kv_report.WHY_BOTH,
+        **_tokens(verdict),
         bars=_bars(verdict),
         texts=[s for s in verdict.sequences if s.perplexity],
     )
@@ -99,6 +100,22 @@ def _kv(verdict: Verdict) -> list[tuple[str, str, str, str, bool]]:
     limits = {limit.name: limit for limit in verdict.limits}
     found = kv_report.rows(verdict.sections["kv"]) if "kv" in verdict.sections else []
     return [(row.name, row.reference, row.artifact, *_limit(limits, row.limit, True)) for row in found]
+
+
+def _tokens(verdict: Verdict) -> dict[str, Any]:
+    """Rows of (measurement, values, limit, holds), their heads, and the gates, of a token policy; {}: there is none."""
+    section = verdict.sections.get("tokens")
+    if section is None:
+        return {}
+    limits = {limit.name: limit for limit in verdict.limits}
+    rows = [
+        (row.name, (row.reference, row.artifact, *row.controls), *_limit(limits, row.limit, True))
+        for row in token_report.rows(section)
+    ]
+    return {
+        "tokens": rows, "token_heads": token_report.heads(section), "token_gates": token_report.gate_rows(section),
+        "why_controls": token_report.why(section),
+    }  # fmt: skip
 
 
 def _bars(verdict: Verdict) -> list[dict[str, Any]]:

@@ -37,11 +37,11 @@ def rows(kv: dict[str, Any]) -> list[Row]:
     ]
 
 
-def gate_rows(kv: dict[str, Any]) -> list[tuple[str, str]]:
+def gate_rows(section: dict[str, Any], heading: str = "KV exactness") -> list[tuple[str, str]]:
     """Which checks hold, which do not and by how much, and why others did not apply: (heading, text)."""
-    gates = kv["gates"]
+    gates = section["gates"]
     held = [name for name, gate in gates.items() if gate["ok"]]
-    found = [("KV exactness", f"{', '.join(held)}: hold" if held else "nothing holds")]
+    found = [(heading, f"{', '.join(held)}: hold" if held else "nothing holds")]
     for name, gate in gates.items():
         if gate["ok"] is False:
             error = f"an error of {_number(gate['error'])}, at most {_number(gate['bound'])}"

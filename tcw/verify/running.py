@@ -30,6 +30,7 @@ def loaded(source: Source, device: str) -> Iterator[Any]:
 
     On a CPU it computes in float32 when that fits in half of the free memory, so that a small difference in a weight
     is not rounded away on the way to the output. Both models are loaded in the same way: their bits can be compared.
+    A stored token policy is taken off: the suite `tokens` judges it.
     """
     from tcw.runtime.load import load
 
@@ -38,6 +39,8 @@ def loaded(source: Source, device: str) -> Iterator[Any]:
     dtype = torch.float32 if place.kind == "cpu" and single < place.free_bytes // 2 else None
     model = load(source, residency=residency_of(source), device=device, dtype=dtype)
     model.eval()
+    if (attached := getattr(model, "token_attached", None)) is not None:
+        attached.detach()
     try:
         yield model
     finally:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from tcw.recipe import KV_LIMITS, OUTPUT_LIMITS
+from tcw.recipe import KV_LIMITS, OUTPUT_LIMITS, TOKEN_LIMITS
 
 # a limit -> the section and keys of the measurement it holds; `max_` and `min_` say which side is good
 MEASURES: dict[str, tuple[str, ...]] = {
@@ -18,10 +18,15 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "max_kv_bytes": ("kv", "bytes_ratio"),
     "max_key_nll_rise": ("kv", "key_nll", "rise"),
     "max_next_nll_rise": ("kv", "next_nll", "rise"),
+    "max_token_flops": ("tokens", "flops_ratio"),
+    "max_token_kl": ("tokens", "kl"),
+    "min_token_top1": ("tokens", "top1"),
+    "max_answer_nll_rise": ("tokens", "answer_nll", "rise"),
+    "min_patch_cosine": ("tokens", "patch_cosine"),
 }
-SIZES = ("max_bits_per_weight", "max_kv_bytes")  # limits that say nothing of likeness
+SIZES = ("max_bits_per_weight", "max_kv_bytes", "max_token_flops")  # limits that say nothing of likeness
 
-_SUITE_LIMITS = {"outputs": OUTPUT_LIMITS, "kv": KV_LIMITS}
+SUITE_LIMITS = {"outputs": OUTPUT_LIMITS, "kv": KV_LIMITS, "tokens": TOKEN_LIMITS}
 
 # what a verdict always shows; null is "not measured"
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -162,7 +167,7 @@ def hold(
 
 def _explained(limit: str, skipped: dict[str, str]) -> bool:
     """Whether `skipped` says already why this limit has no value: its suite was not run."""
-    return any(suite in skipped and limit in names for suite, names in _SUITE_LIMITS.items())
+    return any(suite in skipped and limit in names for suite, names in SUITE_LIMITS.items())
 
 
 def decide(

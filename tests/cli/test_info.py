@@ -25,7 +25,7 @@ def test_artifact_in_all_modes(tcw: Run, tiny_llama: Path, tmp_path: Path, monke
     assert quiet.out == "tcw\n"
     data = json.loads(as_json.out)
     assert set(data) >= KEYS
-    assert (data["format"], data["version"], data["methods"]) == ("tcw", "1.2", ["dfloat11"])
+    assert (data["format"], data["version"], data["methods"]) == ("tcw", "1.3", ["dfloat11"])
     assert (data["model_type"], data["verdict"], data["source"]) == ("llama", "identical", "tiny-llama")
     assert 0 < data["bytes"]["stored"] < data["bytes"]["original"]
     assert data["bytes"]["original"] == sum(data["bytes"]["by_dtype"].values()) == 2 * data["parameters"]
@@ -33,7 +33,7 @@ def test_artifact_in_all_modes(tcw: Run, tiny_llama: Path, tmp_path: Path, monke
     assert tensor["shape"] == [256, 64]
     assert (tensor["dtype"], tensor["method"], tensor["bytes"]) == ("BF16", "dfloat11", 2 * 256 * 64)
     lines = human.out.splitlines()
-    assert lines[1].split() == ["format", "tcw", "1.2"]
+    assert lines[1].split() == ["format", "tcw", "1.3"]
     header = next(i for i, line in enumerate(lines) if line.startswith("part "))
     assert lines[header].split() == ["part", "dtype", "method", "tensors", "parameters", "bytes", "stored"]
     assert {line.split()[0] for line in lines[header + 1 :]} == {"embedding", "attention", "mlp", "norm", "head"}

@@ -54,6 +54,7 @@ def facts(**latency: Any) -> dict[str, Any]:
                     "by_part": {"mlp": {"tensors": 90, "parameters": 134_500_000, "bytes": 269_000_000}},
                     "exponent_entropy_bits": 2.61},
         "kv": {"bytes_per_token": 23_040, "bytes": 94_371_840},
+    "tokens": {"policies": [], "policies_skipped": {}},
         "latency": {"prefill_ms": None, "decode_ms_per_token": None, **latency},
         "context": {"tokens": 4096, "batch": 1},
         "original": row("original", 269_000_000),

@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tcw.errors import UnknownName
@@ -18,13 +19,17 @@ from tcw.verify.verdict import Sequence
 
 @dataclass(frozen=True)
 class Job:
-    """What a suite works on. `text` replaces the bundled evaluation text; `device` is as typed by the user."""
+    """What a suite works on. `text` replaces the bundled evaluation text; `device` is as typed by the user.
+
+    `images` is a folder, or a .npy file, of pictures for suites that look at some.
+    """
 
     artifact: Source
     reference: Source | None
     text: str | None = None
     device: str = "auto"
     progress: Report = silent
+    images: Path | None = None
 
 
 @dataclass
