@@ -118,7 +118,8 @@ def _show_tokens(tokens: dict[str, Any]) -> None:
         bound, often = "up to " if row["bounded"] else "", "" if row["known"] else "say "
         rows.append(
             (row["name"], f"{bound}{row['kept']:,} of {often}{row['visual']:,} {row['what']}",
-             f"{bound}{100 * row['flops_ratio']:.1f} %", f"{bound}{100 * row['kv_ratio']:.1f} %")
+             f"{bound}{100 * row['flops_ratio']:.1f} %",
+             "none" if row["what"] == "patches" else f"{bound}{100 * row['kv_ratio']:.1f} %")
         )  # fmt: skip
     if rows:
         out.table(("token policy", "left of an image", "prefill FLOPs", "KV cache"), rows)

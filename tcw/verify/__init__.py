@@ -95,6 +95,7 @@ def verify(  # noqa: PLR0913  what to judge, by what, and on what
         skipped=measured.skipped,
         seconds=time.monotonic() - start,
         failed=measured.failed,
+        drawn=measured.drawn,
     )
     if isinstance(artifact, Artifact):
         with suppress(OSError):  # a read-only folder can be verified, it just cannot remember it

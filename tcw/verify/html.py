@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
+from tcw.tokens.pictures import STYLE
 from tcw.verify import kv_report, token_report
 from tcw.verify.verdict import Limit, Verdict
 
@@ -115,6 +117,8 @@ def _tokens(verdict: Verdict) -> dict[str, Any]:
     return {
         "tokens": rows, "token_heads": token_report.heads(section), "token_gates": token_report.gate_rows(section),
         "why_controls": token_report.why(section),
+        "drawn": Markup(verdict.drawn.get("tokens", "")),  # made, and escaped, by tcw/tokens/pictures.py
+        "drawn_style": Markup(STYLE),
     }  # fmt: skip
 
 

@@ -103,7 +103,8 @@ class Sequence:
 class Verdict:
     """The answer of `tcw verify`: "identical", "equivalent" or "different", and everything it rests on.
 
-    `failed` are checks that no limit can make up for, each with what went wrong.
+    `failed` are checks that no limit can make up for, each with what went wrong. `drawn` are pieces of HTML for the
+    page, by section; they are not part of the JSON.
     """
 
     verdict: str
@@ -116,6 +117,7 @@ class Verdict:
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     failed: dict[str, str] = field(default_factory=dict)
+    drawn: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

@@ -43,6 +43,7 @@ class Measured:
         skipped: what could not be measured, and why.
         lossy: sections whose own subject, not the weights, makes outputs differ: a limit on them must say how much.
         failed: checks that no limit can make up for, and what went wrong.
+        drawn: by section, a piece of HTML for the page: pictures that say more than the numbers.
     """
 
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Measured:
     skipped: dict[str, str] = field(default_factory=dict)
     lossy: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
+    drawn: dict[str, str] = field(default_factory=dict)
 
     def add(self, other: "Measured") -> None:
         """Take in what another suite found."""
@@ -58,6 +60,7 @@ class Measured:
         self.identical &= other.identical
         self.lossy |= other.lossy
         self.failed |= other.failed
+        self.drawn |= other.drawn
         self.sequences += other.sequences
         self.skipped |= other.skipped
 

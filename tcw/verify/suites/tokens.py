@@ -10,9 +10,12 @@ from typing import Any
 import torch
 
 from tcw.artifact import Artifact
+from tcw.calibration.images import reads_files
 from tcw.events import Progress
 from tcw.tokens import stored
+from tcw.tokens.engine import TokenPolicy
 from tcw.tokens.flops import costs_of
+from tcw.tokens.pictures import fragment
 from tcw.tokens.shape import TOWER, kind_of
 from tcw.verify.kv_gates import Gate
 from tcw.verify.running import loaded, tokenizer_of
@@ -36,7 +39,7 @@ def run(job: Job) -> Measured:
     with loaded(job.artifact, job.device) as model:
         policy = stored.of_artifact(job.artifact, model)
         assert policy is not None, "who asks for this suite has looked"
-        inputs, origin = _inputs(job, model, text=policy.over_text)
+        inputs, pictures = _inputs(job, model, text=policy.over_text)
         gates = check_gates(model, policy, inputs)
         job.progress(Progress("token gates", len(gates), len(gates), "gates"))
         with torch.inference_mode():
@@ -44,19 +47,36 @@ def run(job: Job) -> Measured:
                 model, policy, inputs, costs,
                 lambda done, all: job.progress(Progress("token policy", done, all, "samples")),
             )  # fmt: skip
+            drawn = _drawn(model, policy, inputs, pictures)
         options = {name: method.options() for name, method in policy.methods.items()}
         kind = "text" if policy.over_text else "tower" if kind_of(model) == TOWER else "images"
-    return _measured(kind, gates, found, {"methods": options, "inputs": inputs.how, "pictures": origin})
+    origin = pictures.origin if pictures else None
+    measured = _measured(kind, gates, found, {"methods": options, "inputs": inputs.how, "pictures": origin})
+    measured.drawn = {"tokens": drawn}
+    return measured
 
 
-def _inputs(job: Job, model: Any, *, text: bool) -> tuple[Inputs, str | None]:
-    """The samples, and where their pictures are from."""
+def _drawn(model: Any, policy: TokenPolicy, inputs: Inputs, pictures: Pictures | None) -> str:
+    """The pictures with what was kept, merged and dropped of each, as HTML; "" without Pillow, or for a text."""
+    if pictures is None or not reads_files():
+        return ""
+    traces, images = [], []
+    with policy.attach(model) as attached:
+        for n in range(inputs.count):
+            model(**inputs.batch([n]))
+            traces += attached.traces[:1]
+            images += [pictures.images[n]] * len(attached.traces[:1])
+    return fragment(images, traces, names=[f"Picture {n + 1}" for n in range(len(traces))])
+
+
+def _inputs(job: Job, model: Any, *, text: bool) -> tuple[Inputs, Pictures | None]:
+    """The samples, and their pictures."""
     if text:
         return Texts(model, tokenizer_of(job.artifact), job.text), None
     pictures = Pictures.read(job.images)
     if kind_of(model) == TOWER:
-        return Alone(job.artifact, model, pictures), pictures.origin
-    return Questions(job.artifact, model, pictures, tokenizer_of(job.artifact)), pictures.origin
+        return Alone(job.artifact, model, pictures), pictures
+    return Questions(job.artifact, model, pictures, tokenizer_of(job.artifact)), pictures
 
 
 def _measured(
