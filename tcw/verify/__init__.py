@@ -97,10 +97,14 @@ def verify(  # noqa: PLR0913  what to judge, by what, and on what
         failed=measured.failed,
         drawn=measured.drawn,
     )
+    _remember(artifact, verdict)
+    return verdict
+
+
+def _remember(artifact: Source, verdict: Verdict) -> None:
     if isinstance(artifact, Artifact):
         with suppress(OSError):  # a read-only folder can be verified, it just cannot remember it
             artifact.record_verdict(verdict.to_json())
-    return verdict
 
 
 def _choose_suites(

@@ -122,6 +122,9 @@ def test_the_page_and_the_terminal_show_it(
     page = render(verify(divprune, suites=["tokens"], limits={"max_token_kl": 5.0}, images=pictures, device="cpu"))
     assert "<h2>Token policy</h2>" in page
     assert "at most 5" in page
+    assert "<h2>What was kept</h2>" in page
+    assert page.count('class="cell dropped"') > 0, "patches that are gone are shown on the picture"
+    assert "drawn" not in shown
     assert {row.limit for row in token_report.rows(shown["tokens"])} >= {"max_token_kl", "min_token_top1"}
 
 
