@@ -59,6 +59,8 @@ MORE = (
     "ward:cuts=3",
     "ward:cuts=12",
     "tome:schedule=single,depth=0.5",
+    "tokens.random:at=layer,depth=0.5",  # the controls, cut where `ward` is: the same FLOPs
+    "grid:at=layer,depth=0.5",
 )  # SPECs beside the methods' defaults
 SHOWN = ("astronaut", "coffee", "chelsea", "rocket", "motorcycle_left", "china", "flower", "ihc", "hubble_deep_field",
          "retina", "camera", "coins")  # fmt: skip

@@ -9,6 +9,7 @@ In a vision-language model the tower's blocks are cut by tcw/tokens/tower.py, th
 vision.py says where images stand in a batch. A plain tower has only the first.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +28,7 @@ from tcw.tokens.tower import TowerRun
 from tcw.tokens.trace import Trace
 from tcw.tokens.vision import Picture, Vision
 
+_log = logging.getLogger("tcw")
 Learned = dict[str, dict[str, Tensor]]  # by method, by name
 _ORDER = {"block": 0, "input": 1, "layer": 2, "decode": 3}
 
@@ -252,6 +254,7 @@ class Attached:
     def _note(self, words: str) -> None:
         if words not in self.notes:
             self.notes.append(words)
+            _log.info("%s", words)
 
     def _images(self, real: Tensor) -> list[Image]:
         """The images of the call that is going on, cut as the tower has cut them."""

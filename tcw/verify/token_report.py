@@ -56,10 +56,10 @@ def rows(tokens: dict[str, Any]) -> list[Row]:
 
 
 def gate_rows(tokens: dict[str, Any]) -> list[tuple[str, str]]:
-    """Which checks hold, which do not and by how much, and why others did not apply: (heading, text)."""
+    """Which checks hold, which do not and by how much, why others did not apply, and notes: (heading, text)."""
     from tcw.verify.kv_report import gate_rows as written
 
-    return written(tokens, "token exactness")
+    return [*written(tokens, "token exactness"), *(("note", words) for words in tokens["notes"])]
 
 
 def _number(value: float | None) -> str:

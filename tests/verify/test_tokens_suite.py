@@ -128,6 +128,12 @@ def test_the_page_and_the_terminal_show_it(
     assert {row.limit for row in token_report.rows(shown["tokens"])} >= {"max_token_kl", "min_token_top1"}
 
 
+def test_what_was_substituted_is_said(shown: dict[str, Any]) -> None:
+    assert shown["tokens"]["notes"] == []
+    said = token_report.gate_rows({**shown["tokens"], "notes": ["there is no class token"]})
+    assert said[-1] == ("note", "there is no class token")
+
+
 def test_a_tower(tmp_path: Path, pictures: Path) -> None:
     made = artifact(tmp_path, TOWERS["dinov2"](), "tome:keep=0.5")
     found = verify(made, suites=["tokens"], limits={"min_patch_cosine": 0.5}, images=pictures, device="cpu").to_json()

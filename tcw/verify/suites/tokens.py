@@ -47,26 +47,31 @@ def run(job: Job) -> Measured:
                 model, policy, inputs, costs,
                 lambda done, all: job.progress(Progress("token policy", done, all, "samples")),
             )  # fmt: skip
-            drawn = _drawn(model, policy, inputs, pictures)
+            drawn, notes = _drawn(model, policy, inputs, pictures)
         options = {name: method.options() for name, method in policy.methods.items()}
         kind = "text" if policy.over_text else "tower" if kind_of(model) == TOWER else "images"
     origin = pictures.origin if pictures else None
-    measured = _measured(kind, gates, found, {"methods": options, "inputs": inputs.how, "pictures": origin})
+    measured = _measured(
+        kind, gates, found, {"methods": options, "inputs": inputs.how, "pictures": origin, "notes": notes}
+    )
     measured.drawn = {"tokens": drawn}
     return measured
 
 
-def _drawn(model: Any, policy: TokenPolicy, inputs: Inputs, pictures: Pictures | None) -> str:
-    """The pictures with what was kept, merged and dropped of each, as HTML; "" without Pillow, or for a text."""
-    if pictures is None or not reads_files():
-        return ""
+def _drawn(model: Any, policy: TokenPolicy, inputs: Inputs, pictures: Pictures | None) -> tuple[str, list[str]]:
+    """The pictures with what was kept, merged and dropped of each, as HTML; and what had to be substituted.
+
+    The HTML is "" without Pillow, and for a text.
+    """
     traces, images = [], []
     with policy.attach(model) as attached:
         for n in range(inputs.count):
             model(**inputs.batch([n]))
-            traces += attached.traces[:1]
-            images += [pictures.images[n]] * len(attached.traces[:1])
-    return fragment(images, traces, names=[f"Picture {n + 1}" for n in range(len(traces))])
+            traces += attached.traces[:1] if pictures is not None else []
+            images += [pictures.images[n]] * len(attached.traces[:1]) if pictures is not None else []
+        notes = attached.notes
+    names = [f"Picture {n + 1}" for n in range(len(traces))]
+    return fragment(images, traces, names=names) if images and reads_files() else "", notes
 
 
 def _inputs(job: Job, model: Any, *, text: bool) -> tuple[Inputs, Pictures | None]:
