@@ -66,7 +66,8 @@ def _linear(part: nn.Module, block: nn.Module) -> float:
 
 
 def _pair(block: nn.Module) -> float:
-    attention = attention_of(block)
+    whole = attention_of(block)  # in some releases a module inside it does the work
+    attention = next((part for part in whole.modules() if _first(part, _HEADS)), whole)
     config = getattr(attention, "config", None)
     heads = _first(attention, _HEADS) or _first(config, _HEADS)
     head = _first(attention, ("qk_head_dim", "head_dim", "attention_head_size")) or _first(config, ("head_dim",))
