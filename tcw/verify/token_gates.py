@@ -174,16 +174,18 @@ def _hidden_from(model: Any, stack: nn.Module, left: dict[int, Tensor], run: Cal
 @contextmanager
 def _masked(stack: Any, left: dict[int, Tensor]) -> Iterator[None]:
     """Hide from the attention of each block all tokens but those that are left there."""
-    before, modules = stack.config._attn_implementation, [attention_of(block) for block in blocks_of(stack)]
-    for number, module in enumerate(modules):
-        setattr(module, _HIDDEN, left[max(n for n in left if n <= number)])
+    before = stack.config._attn_implementation
+    # in some releases of transformers a module inside a block's attention does the work
+    parts = [(n, part) for n, block in enumerate(blocks_of(stack)) for part in attention_of(block).modules()]
+    for number, part in parts:
+        setattr(part, _HIDDEN, left[max(n for n in left if n <= number)])
     stack.config._attn_implementation = _masking(before)
     try:
         yield
     finally:
         stack.config._attn_implementation = before
-        for module in modules:
-            delattr(module, _HIDDEN)
+        for _, part in parts:
+            delattr(part, _HIDDEN)
 
 
 def _masking(before: str) -> str:
