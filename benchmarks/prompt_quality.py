@@ -22,10 +22,7 @@ Writes results/prompt_quality-DATE.json after every window; rows of the same set
 
 import argparse
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -33,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kv_quality import RESULTS, machine
 
 from tcw.data import evaluation_text
 from tcw.prompt import Prompt, PromptMethod
@@ -79,7 +77,6 @@ FACTS = (  # a sentence, what is asked, the answer
 )
 RATES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 TARGETS = (50, 100, 150, 200, 500, 1000, 2000, 5000)
-RESULTS = Path(__file__).parent / "results"
 
 
 class Fixed(PromptMethod):
@@ -192,19 +189,6 @@ def show(table: dict[str, dict[str, Any]]) -> None:
         over = " ".join(f"{row['over'][c]['mean']:+.3f}" if c in row.get("over", {}) else "      " for c in CONTROLS)
         cost = [f"{row[key]:8.2f}" if key in row else "" for key in ("cpu_per_1000", "pays_below_tokens_per_second")]
         print(f"| {name:24} | {row['rise']:+.3f} ({low:+.3f} .. {high:+.3f}) | {over} | {' | '.join(cost)} |")
-
-
-def machine() -> dict[str, Any]:
-    """The machine's kind, without its name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    return {
-        "cpu": names[0] if names else platform.processor(), "cores": cores, "load": os.getloadavg()[0],
-        "python": platform.python_version(), **packages,
-    }  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:

@@ -160,7 +160,7 @@ class Decoder:
         embeds, cache = _embeds(module, args, kwargs), kwargs.get("past_key_values")
         history: History | None = getattr(cache, _HISTORY, None)
         held = cache.get_seq_length() if cache is not None else 0
-        real = real_of(kwargs.get("attention_mask"), embeds)
+        real = real_of(kwargs.get("attention_mask"), embeds, held)
         images = self._images(real[:, -embeds.shape[1] :])
         if history is None and not images:
             return None

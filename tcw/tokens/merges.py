@@ -2,7 +2,6 @@
 
     drop            nothing
     nearest_mean    each other token goes into the most similar kept one, which becomes the mean
-    weighted_mean   the same with weights
     ot              each other token is shared out over the kept ones (optimal transport)
 
 Two give kept tokens and what they take in at once: `clusters` (DPC-kNN) and `linked` (trees from frame to frame).
@@ -15,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tcw.tokens import Merge, Score
+from tcw.tokens import Merge
 from tcw.tokens._similarity import Features, here, most_similar, unit
 from tcw.tokens.context import Context
 from tcw.tokens.plan import Plan
@@ -37,7 +36,6 @@ def into_nearest(
     takers: Tensor | None = None,
     given: Tensor | None = None,
     features: Features = here,
-    weight: Tensor | None = None,
 ) -> Plan:
     """Each token that is not kept goes into the most similar (cosine) kept one; of equally similar ones the first.
 
@@ -47,7 +45,6 @@ def into_nearest(
         takers: which of `keep` take in others, bool [K]; None: all. If none does, the others are dropped.
         given: which tokens are given to them, bool [N]; the rest is dropped. None: all.
         features: what is compared.
-        weight: float32 [N], how much a token counts in a mean; None: its size.
     """
     own = torch.arange(len(keep), device=keep.device)
     assign = torch.full((context.tokens,), -1, dtype=torch.int64, device=keep.device)
@@ -58,7 +55,7 @@ def into_nearest(
         tokens = others.nonzero()[:, 0]
         _, place = most_similar(unit(features(context)), tokens, keep[numbers])
         assign[tokens] = numbers[place]
-    return Plan.merging(keep, assign, context.size, weight)
+    return Plan.merging(keep, assign, context.size)
 
 
 def nearest_mean(features: Features = here) -> Merge:
@@ -66,18 +63,6 @@ def nearest_mean(features: Features = here) -> Merge:
 
     def merge(context: Context, keep: Tensor) -> Plan:
         return into_nearest(context, keep, features=features)
-
-    return merge
-
-
-def weighted_mean(score: Score, features: Features = here) -> Merge:
-    """`nearest_mean` with means weighted by score (0 or more) times size; no weight is below 1e-6 of the highest."""
-
-    def merge(context: Context, keep: Tensor) -> Plan:
-        weight = score(context).float().clamp(min=0)
-        most = weight.max()
-        weight = torch.where(most > 0, weight / most.clamp(min=torch.finfo(torch.float32).tiny), 1.0).clamp(min=1e-6)
-        return into_nearest(context, keep, features=features, weight=weight * context.size)
 
     return merge
 

@@ -89,10 +89,14 @@ def visible(queries: Tensor, keys: Tensor, implementation: str, like: Tensor) ->
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, torch.finfo(like.dtype).min)
 
 
-def real_of(attention_mask: object, embeds: Tensor) -> Tensor:
-    """Which tokens are no padding: bool [B, all tokens so far]. Raises UsageError for a mask of another form."""
+def real_of(attention_mask: object, embeds: Tensor, held: int) -> Tensor:
+    """Which tokens are no padding: bool [B, all tokens so far]; `held`: tokens before those of `embeds` [B, S, D].
+
+    Raises UsageError for a mask of another form.
+    """
+    batch, length = embeds.shape[:2]
     if attention_mask is None:
-        return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        return torch.ones(batch, held + length, dtype=torch.bool, device=embeds.device)
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         raise UsageError(
             "a token policy needs the attention mask as [batch, tokens]", "pass the mask that the processor returns"

@@ -312,6 +312,23 @@ def test_a_second_turn_may_bring_another_image() -> None:
     torch.testing.assert_close(again, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("cuts", CUTS)
+def test_an_image_after_a_turn_of_text(cuts: str) -> None:
+    """Nothing was cut in the first turn, and nobody gives a mask: the second one is cut all the same."""
+    model, inputs = llama(), prompts(False)
+    more, first = inputs["input_ids"], inputs["input_ids"].repeat(1, 2)[:, :30]
+    decoder = attach(model, CUTS[cuts], images=lambda real: spans(real) if real.shape[1] == 24 else [])
+    with torch.no_grad():
+        cache = model(input_ids=first, use_cache=True).past_key_values
+        found = model(input_ids=more, past_key_values=cache).logits[:, -1]
+        left = {n: [torch.cat([torch.arange(30), 30 + row]) for row in rows] for n, rows in decoder.left.items()}
+        decoder.detach()
+        ids = torch.cat([first, more], 1)
+        wanted = masked_logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, left)[:, -1]
+    assert any(len(row) < 54 for rows in left.values() for row in rows)
+    torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
+
+
 def test_only_some_rows_have_an_image() -> None:
     model, inputs = llama(), prompts(True)
     decoder = attach(model, CUTS["layers"], images=lambda real: spans(real, (1,)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcw.tokens import merges, scores
+from tcw.tokens import merges
 from tcw.tokens._similarity import here
 from tcw.tokens.context import Context
 from tcw.tokens.plan import Plan
@@ -83,22 +83,6 @@ def test_only_some_take_in_some() -> None:
     assert torch.equal(plan.apply(context.x)[~takers], context.x[keep[~takers]]), "bit for bit"
     nobody = merges.into_nearest(context, keep, torch.zeros(4, dtype=torch.bool))
     assert torch.equal(nobody.assign, Plan.dropping(keep, context.size).assign)
-
-
-def test_weighted_mean() -> None:
-    for context, keep in cases():
-        kept = keep.tolist()
-        into = nearest(cosines(context.x), kept, list(range(len(kept))), context.tokens)
-        weight = [float(context.x[i].double().norm()) * float(context.size[i]) for i in range(context.tokens)]
-        plan = merges.weighted_mean(scores.norm())(context, keep)
-        compare(context, plan, means(context, kept, into, weight), len(kept))
-        assert float(plan.size.sum()) == float(context.size.sum())
-
-
-def test_weighted_mean_of_tokens_without_weight() -> None:
-    context = image((1, 2, 3))
-    plan = merges.weighted_mean(lambda c: torch.zeros(6))(context, torch.tensor([2]))
-    torch.testing.assert_close(plan.apply(context.x)[0], context.x.mean(0))
 
 
 def sinkhorn(cost: list[list[float]], epsilon: float, rounds: int) -> list[list[float]]:
