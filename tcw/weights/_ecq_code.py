@@ -219,11 +219,23 @@ def encode(labels: np.ndarray, chosen: Plan) -> tuple[dict[str, np.ndarray], dic
     return parts, {key: stream.params[key] for key in _PARAMS if key in stream.params}
 
 
-def decode(parts: Mapping[str, np.ndarray], params: Mapping[str, Any], rows: int, columns: int) -> np.ndarray:
-    """Give back labels, int32 [columns, rows]. Raises FormatError where parts and parameters do not fit."""
+@dataclass(frozen=True)
+class Opened:
+    """A stored matrix as a plain stream of `lanes`, which any decoder of that takes, and what puts its labels in place.
+
+    `segments` counts labels; those of segment k belong to the places of [in, out], in C order, whose table is k.
+    """
+
+    classes: Classes
+    segments: list[int]
+    parts: dict[str, np.ndarray]
+    params: dict[str, Any]
+
+
+def unfold(parts: Mapping[str, np.ndarray], params: Mapping[str, Any], rows: int, columns: int) -> Opened:
+    """Give a stored matrix the index of `lanes` back. Raises FormatError where parts and parameters do not fit."""
     classes, offset = _read_side(parts.get("side"), rows, columns)
-    table = classes.of_labels()
-    sizes = np.bincount(table.reshape(-1), minlength=classes.count).tolist()
+    sizes = np.bincount(classes.of_labels().reshape(-1), minlength=classes.count).tolist()
     pair = "pair" in params
     chunks = sum(chunks_of(-(-size // 2) if pair else size) for size in sizes)
     lane_bytes = _unpack_sizes(parts.get("index"), LANES * chunks)
@@ -233,12 +245,19 @@ def decode(parts: Mapping[str, np.ndarray], params: Mapping[str, Any], rows: int
     inner |= {"lane_bytes": lane_bytes, "chunk_base": base}
     if "escapes" in parts:
         inner |= _unpack_escapes(parts["escapes"], rows * columns)
-    values = lanes.decode_integers(inner, {**params, "offset": offset, "segments": sizes}, rows * columns)
-    if classes.count == 1:
+    return Opened(classes, sizes, inner, {**params, "offset": offset, "segments": sizes})
+
+
+def decode(parts: Mapping[str, np.ndarray], params: Mapping[str, Any], rows: int, columns: int) -> np.ndarray:
+    """Give back labels, int32 [columns, rows]. Raises FormatError where parts and parameters do not fit."""
+    opened = unfold(parts, params, rows, columns)
+    values = lanes.decode_integers(opened.parts, opened.params, rows * columns)
+    if opened.classes.count == 1:
         return values.reshape(columns, rows)
+    table = opened.classes.of_labels()
     labels = np.empty((columns, rows), np.int32)
     at = 0
-    for k, size in enumerate(sizes):
+    for k, size in enumerate(opened.segments):
         labels[table == k] = values[at : at + size]
         at += size
     return labels

@@ -29,9 +29,11 @@ Parts besides those of the codec: `scales` U8 or U16 [out + in] and `ranges` F32
 Parameters: `trellis`, its memory in bits, and those of the codec.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -42,6 +44,7 @@ from tcw.weights import Curve, Encoded, Statistics, WeightMethod
 from tcw.weights._linears import TARGETS, wanted
 
 if TYPE_CHECKING:
+    from tcw.weights._ecq_code import Opened
     from tcw.weights._ecq_fit import Layer
 
 CODEC_PARTS = ("codes", "table", "index", "side", "escapes")
@@ -198,16 +201,43 @@ def stored(info: TensorInfo, encoded: Encoded) -> tuple[np.ndarray, np.ndarray, 
     """
     from tcw.weights import _ecq_code, _sic
 
-    try:
-        if len(info.shape) != 2:
-            raise FormatError("ecq: not a matrix")
-        params = dict(encoded.params)
-        memory = params.pop("trellis", None)
-        if isinstance(memory, bool) or memory not in MEMORIES:
-            raise FormatError(f"ecq: `trellis` cannot be `{memory}`")
-        parts = dict(encoded.parts)
-        rows, columns = _read_scales(parts.pop("scales", None), parts.pop("ranges", None), info)
+    with named(info):
+        memory, parts, params, rows, columns = _taken_apart(info, encoded)
         return _sic.points(_ecq_code.decode(parts, params, *info.shape), memory), rows, columns
+
+
+def opened(info: TensorInfo, encoded: Encoded) -> tuple["Opened", int, np.ndarray, np.ndarray]:
+    """The stream of labels, the memory of the trellis, and the scales of rows [out] and columns [in], float32.
+
+    For a decoder that is not on the processor. Raises FormatError when the parts do not fit `info`.
+    """
+    from tcw.weights import _ecq_code
+
+    with named(info):
+        memory, parts, params, rows, columns = _taken_apart(info, encoded)
+        return _ecq_code.unfold(parts, params, *info.shape), memory, rows, columns
+
+
+def _taken_apart(
+    info: TensorInfo, encoded: Encoded
+) -> tuple[int, dict[str, np.ndarray], dict[str, Any], np.ndarray, np.ndarray]:
+    """Memory of the trellis, parts and parameters of the codec, scales of rows and of columns."""
+    if len(info.shape) != 2:
+        raise FormatError("ecq: not a matrix")
+    params = dict(encoded.params)
+    memory = params.pop("trellis", None)
+    if isinstance(memory, bool) or memory not in MEMORIES:
+        raise FormatError(f"ecq: `trellis` cannot be `{memory}`")
+    parts = dict(encoded.parts)
+    rows, columns = _read_scales(parts.pop("scales", None), parts.pop("ranges", None), info)
+    return memory, parts, params, rows, columns
+
+
+@contextlib.contextmanager
+def named(info: TensorInfo) -> Iterator[None]:
+    """Say in an error which tensor it is about."""
+    try:
+        yield
     except FormatError as error:
         raise FormatError(f"tensor `{info.name}`: {error.message}", error.hint) from None
 
