@@ -25,7 +25,7 @@ demo: setup ## profile, compress, verify, run and export a real model
 	$(BIN)/tcw demo
 
 test: setup ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .
