@@ -33,7 +33,11 @@ CASES = [
     Case("256-symbols-u8", "any_bits", "u8", 9_001),
     Case("12-bit-codes-u8", "long_codes", "u8", 40_000),
     Case("2000-symbols-u16", "wide", "u16", 30_000),
+    Case("192-byte-lanes-bf16", "rare_chunk", "bf16", 65_536),
+    Case("192-byte-lanes-u16", "each_twice", "u16", 8_192),
     Case("tables-bf16", "weights", "bf16", 9_000, segments=(4_096, 1, 0, 4_903)),
+    Case("tables-f32", "weights", "f32", 9_000, segments=(4_102, 4_898)),
+    Case("66-tables-u8", "long_codes", "u8", 6_400, segments=(*range(4, 196, 3), 0, 96)),
     Case("integers", "small", "integers", 9_000),
     Case("integers-tables", "small", "integers", 9_000, segments=(3_001, 5_999)),
     Case("integers-escape", "outliers", "integers", 9_000, escape_above=15),
@@ -102,6 +106,18 @@ def any_bits(rng: np.random.Generator, case: Case) -> np.ndarray:
 def long_codes(rng: np.random.Generator, case: Case) -> np.ndarray:
     """Counts that halve from symbol to symbol: an unlimited code would be longer than 12 bits."""
     return np.minimum(rng.geometric(0.5, case.numel) - 1, 255).astype(np.uint8)
+
+
+def rare_chunk(rng: np.random.Generator, case: Case) -> np.ndarray:
+    """Exponents 252 to 255, each twice as frequent as the one before, and in one chunk the others: codes of 12 bits."""
+    exponents = 255 - np.minimum(rng.geometric(0.5, case.numel) - 1, 3)
+    exponents[4096:8192] = rng.permutation(4096) % 252
+    return (exponents << 7 | rng.integers(0, 128, case.numel) | rng.integers(0, 2, case.numel) << 15).astype(np.uint16)
+
+
+def each_twice(rng: np.random.Generator, case: Case) -> np.ndarray:
+    """4,096 symbols that are equally frequent: codes of 12 bits, and nothing else."""
+    return rng.permutation(np.arange(case.numel) % 4096 + 9_999).astype(np.uint16)
 
 
 def wide(rng: np.random.Generator, case: Case) -> np.ndarray:

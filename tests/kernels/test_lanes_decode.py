@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tcw.kernels.lanes_decode import decode
+from tcw.kernels.lanes_decode import decode_stream as decode
 from tcw.kernels.lanes_decode.cases import CASES, Case, cost, make_inputs
 from tcw.kernels.lanes_decode.reference import decode as reference
 
