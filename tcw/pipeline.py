@@ -46,8 +46,13 @@ _GRACE = 5.0  # seconds
 _SAMPLE_BYTES = 64 << 20  # a plan looks at this much of a tensor
 
 
-def compress_tensor(source: Source, name: str, steps: tuple[Step, ...], calibrated: Calibrated = NOTHING) -> Stored:
-    """Read, hash and encode one tensor: the first step that covers, wants and shrinks it decides."""
+def compress_tensor(
+    source: Source, name: str, steps: tuple[Step, ...], calibrated: Calibrated = NOTHING, device: str = "cpu"
+) -> Stored:
+    """Read, hash and encode one tensor: the first step that covers, wants and shrinks it decides.
+
+    `device`: where it is encoded, by methods that can use a GPU: "cpu", "cuda:0". The bytes do not depend on it.
+    """
     if (result := calibrated.get(name)) is not None:
         return result.stored()
     tensor = source.read(name)
@@ -57,7 +62,7 @@ def compress_tensor(source: Source, name: str, steps: tuple[Step, ...], calibrat
         method = _weight_method(step)
         if not step.covers(name) or not method.wants(tensor.info):
             continue
-        encoded = method.encode(tensor)
+        encoded = method.encode_on(device, tensor)
         if encoded is not None:
             return Stored(tensor.info, step.method, digest, encoded.parts, encoded.params, rewritten=rewritten)
         reason = f"{step.method} would not make it smaller"
@@ -116,7 +121,8 @@ def compress(
         force: replace what stands there, if it is a model folder.
         resume: go on with the `.partial` folder of an interrupted run.
         workers: 0: threads, one a core; N > 0: N processes.
-        calibration: what methods that look at activations run the model on; by default the bundled text.
+        calibration: what methods that look at activations run the model on, by default the bundled text. Its `device`
+            is also where tensors are encoded, by methods that can use a GPU.
         progress: is told after every tensor and, in a calibrated run, every layer.
 
     Raises:
@@ -128,13 +134,14 @@ def compress(
     start, settings = time.monotonic(), calibration or Settings()
     source, notes = _rotated(source, steps, check=True)
     inputs = _inputs(source, steps, settings)  # what is wrong with them shows before the work
+    device = _encoding_device(steps, settings)
     kv, tokens, store = policies.kv_plan(), policies.outlook(source), policies.storing(source, settings)
     writer = ArtifactWriter(source, recipe.to_json(), out, _part_names(steps), force=force, resume=resume)
     hasher = ThreadPoolExecutor(1)
     try:
         hashes = {path.name: hasher.submit(file_sha256, path) for path in source.weight_files()}
         calibrated = _calibrated(source, steps, writer.scratch, inputs, resume, progress)
-        with closing(_results(source, steps, writer, calibrated, workers, progress)) as results:
+        with closing(_results(source, steps, writer, calibrated, device, workers, progress)) as results:
             for stored in results:
                 writer.add(stored)
         source_hashes = {name: future.result() for name, future in hashes.items()}
@@ -147,6 +154,15 @@ def compress(
         writer.close()
     report = _report(source, recipe, writer, artifact, time.monotonic() - start, workers, notes)
     return replace(report, kv=kv, tokens=tokens)
+
+
+def _encoding_device(steps: tuple[Step, ...], settings: Settings) -> str:
+    """Where tensors are encoded. Raises UsageError for a device that is not here."""
+    if not any(_weight_method(step).encodes_on_gpu() for step in steps):
+        return "cpu"
+    from tcw.codecs import lanes_gpu
+
+    return lanes_gpu.place(settings.device)
 
 
 def _calibrates(steps: tuple[Step, ...]) -> bool:
@@ -231,6 +247,7 @@ def _results(
     steps: tuple[Step, ...],
     writer: ArtifactWriter,
     calibrated: Calibrated,
+    device: str,
     workers: int,
     progress: Report,
 ) -> Generator[Stored, None, None]:
@@ -241,7 +258,7 @@ def _results(
     pool = _executor(workers)
 
     def submit(info: TensorInfo) -> Future[Stored]:
-        return pool.submit(compress_tensor, source, info.name, steps, calibrated)
+        return pool.submit(compress_tensor, source, info.name, steps, calibrated, device)
 
     try:
         with closing(in_order(pool, todo, submit)) as results:

@@ -81,22 +81,29 @@ def encode(
         "codes": codes,
         "lane_bytes": lane_bytes,
         "chunk_base": (np.cumsum(chunks) - chunks).astype(np.uint32),
-        "table": _pack_lengths(plan.lengths),
+        "table": pack_lengths(plan.lengths),
     }
     if how.has_raw:
         parts["raw"] = raw
     if how.has_low:
         parts["low"] = low
+    return Stream(parts, describe(split, words.size, plan.first_symbol, plan.lengths, max_length, segments))
+
+
+def describe(
+    split: str, symbols: int, first_symbol: int, lengths: np.ndarray, max_length: int, segments: Sequence[int] | None
+) -> dict[str, Any]:
+    """The parameters of a stream of `symbols` words whose codes have `lengths`, uint8 [tables, alphabet]."""
     params: dict[str, Any] = {
         "split": split,
-        "symbols": words.size,
-        "first_symbol": plan.first_symbol,
-        "alphabet": plan.lengths.shape[1],
+        "symbols": symbols,
+        "first_symbol": first_symbol,
+        "alphabet": lengths.shape[1],
         "max_length": max_length,
     }
     if segments is not None:
         params["segments"] = [int(size) for size in segments]
-    return Stream(parts, params)
+    return params
 
 
 def predict(words: np.ndarray, split: str, *, segments: Sequence[int] | None = None, max_length: int = LONGEST) -> int:
@@ -118,25 +125,51 @@ def predict(words: np.ndarray, split: str, *, segments: Sequence[int] | None = N
 def _plan(words: np.ndarray, split: str, segments: Sequence[int] | None, max_length: int) -> _Plan:
     """Count symbols and choose the codes."""
     how = SPLITS[split]
-    sizes = [words.size] if segments is None else [int(s) for s in segments]
-    if sum(sizes) != words.size or min(sizes, default=-1) < 0 or len(sizes) > MAX_TABLES:
-        raise ValueError(f"{len(sizes)} segments of {sum(sizes)} for {words.size} words")
-    if not 1 <= max_length <= LONGEST:
-        raise ValueError(f"codes are 1 to {LONGEST} bits long, not {max_length}")
+    sizes = segment_sizes(words.size, segments, max_length)
     work = units(sizes, 64 if how.mask == 0xFF else 512)
     counts = np.zeros((len(work), how.mask + 1), dtype=np.uint32)
     spread(lambda a, b: count_units(words, how.shift, how.mask, work, a, b, counts), len(work))
+    first_symbol, lengths = choose_codes(counts, work[:, 4], len(sizes), max_length)
+    counts = counts[:, first_symbol : first_symbol + lengths.shape[1]]
+    unit_bits = np.array([huffman.coded_bits(c, lengths[t]) for c, t in zip(counts, work[:, 4], strict=True)], np.int64)
+    return _Plan(work, first_symbol, lengths, unit_bits)
+
+
+def segment_sizes(numel: int, segments: Sequence[int] | None, max_length: int) -> list[int]:
+    """Check how `numel` words are asked to be coded; returns the size of each segment. Raises ValueError."""
+    sizes = [numel] if segments is None else [int(s) for s in segments]
+    if sum(sizes) != numel or min(sizes, default=-1) < 0 or len(sizes) > MAX_TABLES:
+        raise ValueError(f"{len(sizes)} segments of {sum(sizes)} for {numel} words")
+    if not 1 <= max_length <= LONGEST:
+        raise ValueError(f"codes are 1 to {LONGEST} bits long, not {max_length}")
+    return sizes
+
+
+def choose_codes(counts: np.ndarray, table_of: np.ndarray, tables: int, max_length: int) -> tuple[int, np.ndarray]:
+    """Choose the codes of each table from what was counted.
+
+    Args:
+        counts: uint32 [rows, symbols]: occurrences of each symbol in some part of the words.
+        table_of: [rows], the table that this part is coded with.
+        tables: How many there are.
+        max_length: Longest code in bits.
+
+    Returns:
+        The first symbol that occurs, and lengths of codes, uint8 [tables, alphabet], from that symbol on.
+
+    Raises:
+        NotCodable: A table has more than 2^max_length different symbols.
+    """
     used = np.flatnonzero(counts.any(axis=0))
     first_symbol, end = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
     counts = counts[:, first_symbol:end]
-    lengths = np.zeros((len(sizes), end - first_symbol), dtype=np.uint8)
+    lengths = np.zeros((tables, end - first_symbol), dtype=np.uint8)
     try:
-        for table in range(len(sizes)):
-            lengths[table] = huffman.lengths(counts[work[:, 4] == table].sum(axis=0, dtype=np.int64), max_length)
+        for table in range(tables):
+            lengths[table] = huffman.lengths(counts[table_of == table].sum(axis=0, dtype=np.int64), max_length)
     except ValueError as error:
         raise NotCodable(str(error)) from None
-    unit_bits = np.array([huffman.coded_bits(c, lengths[t]) for c, t in zip(counts, work[:, 4], strict=True)], np.int64)
-    return _Plan(work, first_symbol, lengths, unit_bits)
+    return first_symbol, lengths
 
 
 def _write(words: np.ndarray, split: str, plan: _Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -186,7 +219,8 @@ def _write_tables(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return singles, pairs
 
 
-def _pack_lengths(lengths: np.ndarray) -> np.ndarray:
+def pack_lengths(lengths: np.ndarray) -> np.ndarray:
+    """The part `table`: lengths of codes, uint8 [tables, alphabet], two to a byte, the low nibble first."""
     even = np.zeros((lengths.shape[0], (lengths.shape[1] + 1) // 2 * 2), dtype=np.uint8)
     even[:, : lengths.shape[1]] = lengths
     return even[:, 0::2] | even[:, 1::2] << 4

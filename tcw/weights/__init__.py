@@ -111,6 +111,17 @@ class WeightMethod(Method):
         """Compress one tensor, or return None to keep it raw (it would grow, or cannot be coded)."""
         raise NotImplementedError
 
+    def encode_on(self, device: str, tensor: TensorData) -> Encoded | None:
+        """Compress one tensor as `encode` does without statistics, to the same bytes, on "cpu" or a GPU ("cuda:0").
+
+        A method that does not use a GPU need not know of this; one that does says so with `encodes_on_gpu`.
+        """
+        return self.encode(tensor)
+
+    def encodes_on_gpu(self) -> bool:
+        """Say whether `encode_on` uses a GPU: only then one is looked for."""
+        return False
+
     def predict(self, tensor: TensorData) -> int:
         """Bytes that `encode` would store (the raw size where it would return None), without encoding."""
         raise NotImplementedError

@@ -63,12 +63,20 @@ class DFloat11(WeightMethod):
 
     def encode(self, tensor: TensorData, statistics: Statistics | None = None) -> Encoded | None:
         """Code the tensor, or return None where that does not save `min_saving`."""
-        from tcw.codecs import lanes  # compiles its loops: not for `tcw --help`
+        return self.encode_on("cpu", tensor)
+
+    def encodes_on_gpu(self) -> bool:
+        """Codes are counted, sized and written by kernels/lanes_encode."""
+        return True
+
+    def encode_on(self, device: str, tensor: TensorData) -> Encoded | None:
+        """Code the tensor on a device: the same bytes, and None where `encode` gives None."""
+        from tcw.codecs import lanes, lanes_gpu  # compiles its loops: not for `tcw --help`
 
         if tensor.info.dtype not in SPLIT_OF:
             return None
         try:
-            stream = lanes.encode(tensor.words, SPLIT_OF[tensor.info.dtype])
+            stream = lanes_gpu.encode(tensor.words, SPLIT_OF[tensor.info.dtype], device)
         except lanes.NotCodable:
             return None
         if not self._pays(stream.nbytes, tensor.info):
