@@ -7,6 +7,7 @@ import typer
 
 from tcw.cli import options
 from tcw.cli.output import out
+from tcw.cli.run import Residency
 from tcw.recipe import KV_LIMITS, LIMITS, OUTPUT_LIMITS, TOKEN_LIMITS
 from tcw.units import show_seconds
 
@@ -18,6 +19,7 @@ EXAMPLES = (
     ("and logits, perplexity and generated tokens", "tcw verify ./smollm2.lossless --reference demo:smollm2"),
     ("exit code 1 past a limit", "tcw verify ./smaller --reference ./model --max-kl 0.02 --max-ppl-rise 0.03"),
     ("what the KV policy forgets, against a full cache", "tcw verify ./smaller --suite kv --max-key-nll-rise 0.1"),
+    ("does it say the same with compressed weights", "tcw verify ./smollm2.lossless --residency packed"),
 )
 
 SHOWN = 5  # tensors that differ, by name
@@ -40,6 +42,14 @@ Images = Annotated[
         help="PNG or JPEG files, or a .npy, for a token policy.  [default: scikit-image's, or drawn ones]",
     ),
 ]  # fmt: skip
+InResidency = Annotated[
+    Residency | None,
+    typer.Option(
+        "--residency",
+        help="Also run it with its weights kept so, and say what that gives the bits of.",
+        show_default=False,
+    ),
+]
 MaxKL = Annotated[
     float | None, typer.Option("--max-kl", metavar="X", min=0, help="Most mean KL of the logits allowed.")
 ]
@@ -123,6 +133,7 @@ def verify(
     tensors_only: TensorsOnly = False,
     text: Text = None,
     images: Images = None,
+    residency: InResidency = None,
     max_kl: MaxKL = None,
     min_top1: MinTop1 = None,
     max_ppl_rise: MaxRise = None,
@@ -158,17 +169,16 @@ def verify(
     from tcw.source import open_source
 
     limits = {name: value for name, value in given.items() if name in LIMITS and value is not None}
+    work: dict[str, Any] = {"tensors_only": tensors_only, "text": text, "device": device, "images": images}
     with out.progress() as progress:
         verdict = verification.verify(
             open_source(artifact, progress=progress),
             open_source(reference, progress=progress) if reference else None,
             suites=tuple(suite or ()),
-            tensors_only=tensors_only,
-            text=text,
             limits=limits or None,
             progress=progress,
-            device=device,
-            images=images,
+            residency=residency.value if residency else None,
+            **work,
         )
     if html is not None:
         from tcw.verify.html import render
@@ -232,6 +242,8 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         measured = data.get(section) or {}
         if any(value is not None for value in measured.values()):
             rows += lines(measured)
+    if residency := data.get("residency"):
+        rows += _residency(residency)
     if kv := data.get("kv"):
         from tcw.verify import kv_report
 
@@ -244,6 +256,16 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     # a limit on output that was not compared at all needs no line of its own
     shown = [name for name in skipped if "outputs" not in skipped or name not in OUTPUT_LIMITS]
     return rows + [(name, f"not compared: {skipped[name]}") for name in shown]
+
+
+def _residency(residency: dict[str, Any]) -> list[tuple[str, str]]:
+    """What running with compressed weights gave the bits of, and how far it is from what it did not."""
+    plain, proved = residency["plain"], residency["proved"]
+    rows = [f"bit-identical to {proved}"] if proved else []
+    if not plain["bit_identical"]:
+        kl = "" if plain["mean_kl"] is None else f", mean KL {_number(plain['mean_kl'])}"
+        rows.append(f"against decoded weights: largest difference {_number(plain['max_abs_diff'])}{kl}")
+    return [(f"residency {residency['name']}" if i == 0 else "", row) for i, row in enumerate(rows)]
 
 
 def _weights(weights: dict[str, Any]) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
     method                    kept                               y = x Wᵀ + b
     int8 int4 int2 mixed      codes and scales, repacked once    kernels/int_matmul
     fp8                       FP8 bytes and scales               inputs to FP8 too, then torch._scaled_mm or the like
-    ecq (not on the CPU)      whole numbers, out of their code   W is decoded for each product
+    ecq (not on the CPU)      its entropy code (ecq_stream.py)   W is decoded for each product
 
 A weight has no say in the dtype it is computed in: that is the model's, `dtype`. Its own tensors are buffers: they move
 with the model but are never cast, so that scales keep the dtype that they are stored in.
@@ -14,8 +14,7 @@ GPU that can, BF16 layers whose sides are multiples of 16 multiply FP8 by FP8 (t
 same rounded numbers are multiplied as float32, so that what is measured on a processor is what a GPU would give, up to
 the order of sums.
 
-Numbers of ecq wait for a decoder that runs on a GPU (kernels/lanes_decode): until then they are decoded at load, and
-take 8 or 16 bits each. On the CPU they stay in their code, and blocks.py decodes them.
+On the CPU blocks.py decodes ecq, with the processor's own decoder.
 """
 
 from collections.abc import Callable
@@ -177,40 +176,15 @@ class Fp8Weight(QuantizedWeight):
         return full[: self.shape[0], : self.shape[1]]
 
 
-class EcqWeight(QuantizedWeight):
-    """Whole numbers `codes` [out, in], int8 or wider, with a scale for each row and each column, and one for all."""
-
-    def __init__(self, store: Store, dtype: torch.dtype) -> None:
-        """Decode the numbers. Raises FormatError."""
-        from tcw.weights.ecq import stored
-
-        super().__init__(store, dtype)
-        points, rows, columns = stored(store.info, store.encoded)
-        halves = torch.from_numpy(points).T.mul(2)  # points of a trellis lie halfway between whole numbers
-        largest = float(halves.abs().max())
-        kind = next(t for t in (torch.int8, torch.int16, torch.int32) if largest <= torch.iinfo(t).max)
-        self.register_buffer("codes", halves.to(kind).contiguous())
-        self.register_buffer("row_scale", torch.from_numpy(rows).unsqueeze(1))
-        self.register_buffer("column_scale", torch.from_numpy(columns))
-
-    def dense(self) -> torch.Tensor:
-        """W, of `dtype` [out, in], decoded anew."""
-        return (self.codes.float().mul_(0.5).mul_(self.column_scale).mul_(self.row_scale)).to(self.dtype)
-
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of W by number, int64 [n] -> `dtype` [n, in]."""
-        return (self.codes[ids].float().mul_(0.5).mul_(self.column_scale).mul_(self.row_scale[ids])).to(self.dtype)
-
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """X Wᵀ + b: [..., in] -> [..., out]."""
-        return linear(x, self.dense(), bias)
-
-
 def _kind(method: str) -> Any:
     """The form of a method's weights; None where it has none."""
     if issubclass(method_class(method), IntegerMethod):
         return IntegerWeight
-    return {"fp8": Fp8Weight, "ecq": EcqWeight}.get(method)
+    if method == "ecq":
+        from tcw.runtime.ecq_stream import EcqWeight  # builds on this module
+
+        return EcqWeight
+    return {"fp8": Fp8Weight}.get(method)
 
 
 def has_form(method: str, device: torch.device) -> bool:

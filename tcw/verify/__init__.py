@@ -2,7 +2,8 @@
 
     tensors   every tensor decoded, its SHA-256 against the manifest; with a reference, byte for byte against it
     suites    with a reference: what both models put out for the same inputs (tcw/verify/suites, one suite a file);
-              of a stored policy (KV cache, tokens) also whether it computes what it should, and what it costs
+              of a stored policy (KV cache, tokens) also whether it computes what it should, and what it costs;
+              of a residency whether weights that stay compressed give what decoded ones give
     weights   the largest relative error of a tensor, and the bits per weight that lie in the files
     limits    what the recipe or the caller allows; only a limit that was measured and holds can make "equivalent"
 
@@ -31,7 +32,7 @@ from tcw.source import Source
 from tcw.verify import suites as registry
 from tcw.verify.suites import Job, Measured
 from tcw.verify.tensors import check_tensors, lossy_tensors, weigh
-from tcw.verify.verdict import SUITE_LIMITS, Limit, Verdict, decide, hold
+from tcw.verify.verdict import SUITE_LIMITS, Limit, TensorReport, Verdict, decide, hold
 
 __all__ = ["Limit", "Verdict", "verify"]
 
@@ -51,6 +52,7 @@ def verify(  # noqa: PLR0913  what to judge, by what, and on what
     progress: Report = silent,
     device: str = "auto",
     images: Path | None = None,
+    residency: str | None = None,
 ) -> Verdict:
     """Compare a model with what it was made of; an artifact remembers the verdict in its manifest.
 
@@ -65,6 +67,7 @@ def verify(  # noqa: PLR0913  what to judge, by what, and on what
         progress: is told after every tensor, file and prompt.
         device: where models run: "auto", "cpu", "cuda", "cuda:1", "mps".
         images: a folder of pictures, or a .npy file, for the suite `tokens`.
+        residency: where the artifact's weights are to live for the suite `residency`, which runs if this is given.
 
     Raises:
         UnknownName: no such suite or limit.
@@ -74,15 +77,14 @@ def verify(  # noqa: PLR0913  what to judge, by what, and on what
     start = time.monotonic()
     asked = _check_limits(limits or {})
     _check_reference(artifact, reference, [n for n in asked if n not in _ALONE])
-    names = _choose_suites(list(dict.fromkeys(suites)), artifact, reference is not None, asked, tensors_only)
-    job = Job(artifact, reference, _read_text(text), device, progress, images)
+    named = [*suites, *(["residency"] if residency else [])]
+    names = _choose_suites(list(dict.fromkeys(named)), artifact, reference is not None, asked, tensors_only)
+    job = Job(artifact, reference, _read_text(text), device, progress, images, residency or "auto")
     tensors = check_tensors(artifact, reference, progress)
     measured = _run(names, job, "only tensors were asked for" if tensors_only else "", tensors.damaged)
     recipe = artifact.limits() if isinstance(artifact, Artifact) else {}
     measured.sections["weights"] = weigh(artifact, tensors, reference is not None)
-    if tensors.unexplained:
-        count = f"{len(tensors.unexplained)} of {tensors.checked} tensors were"
-        measured.skipped["weight error"] = f"{count} rewritten in a way that cannot be repeated here"
+    measured.skipped |= _unexplained(tensors)
     held = hold(recipe, asked, measured.sections, measured.skipped)
     verdict = Verdict(
         verdict=decide(tensors, measured.identical, held, measured.failed, measured.lossy),
@@ -99,6 +101,13 @@ def verify(  # noqa: PLR0913  what to judge, by what, and on what
     )
     _remember(artifact, verdict)
     return verdict
+
+
+def _unexplained(tensors: TensorReport) -> dict[str, str]:
+    if not tensors.unexplained:
+        return {}
+    count = f"{len(tensors.unexplained)} of {tensors.checked} tensors were"
+    return {"weight error": f"{count} rewritten in a way that cannot be repeated here"}
 
 
 def _remember(artifact: Source, verdict: Verdict) -> None:

@@ -71,7 +71,17 @@ def _checks(verdict: Verdict) -> list[tuple[str, str, str, str, bool]]:
         rows.append(
             ("perplexity", _number(found["reference"]), shown, *_limit(limits, "max_ppl_rise", found["rise"] == 0))
         )
+    if found := sections.get("residency"):
+        rows.append((f"runs as `{found['name']}`", "", *_residency(found)))
     return rows + _weight_rows(sections.get("weights", {}), limits)
+
+
+def _residency(found: dict[str, Any]) -> tuple[str, str, bool]:
+    """What running with compressed weights gave the bits of."""
+    far = f"largest difference to decoded weights {_number(found['plain']['max_abs_diff'])}"
+    exact = found["same_kernel"] or found["plain"]
+    shown = f"bit-identical to {found['proved']}" if found["proved"] else "not bit-identical"
+    return shown if found["plain"]["bit_identical"] else f"{shown}; {far}", "", exact["bit_identical"]
 
 
 def _weight_rows(found: dict[str, Any], limits: dict[str, Limit]) -> list[tuple[str, str, str, str, bool]]:

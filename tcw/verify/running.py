@@ -8,36 +8,46 @@ from typing import Any
 import torch
 
 from tcw.artifact import Artifact
-from tcw.device import pick
+from tcw.device import Device, pick
 from tcw.errors import SourceError, TcwError
 from tcw.source import Source
 from tcw.verify.inputs import Feed
 from tcw.verify.kv_tasks import full_cache
 
+_COMFORT = 0.8  # of a GPU's free memory
 
-def residency_of(source: Source) -> str:
-    """How to load a model for comparison: "packed" where its layers are to quantise their inputs as well, else "auto".
 
-    What FP8 does to inputs is part of what an artifact says; everything else is judged by its decoded weights.
+def residency_of(source: Source, place: Device) -> str:
+    """How to load a model for comparison: "packed" where its layers are to quantise their inputs as well, else decoded.
+
+    What FP8 does to inputs is part of what an artifact says; everything else is judged by its decoded weights: "bf16",
+    or where that does not fit "huffman", which multiplies with the same bits.
     """
     entries = source.entries.values() if isinstance(source, Artifact) else ()
-    return "packed" if any(e.params.get("activation") in ("dynamic", "static") for e in entries) else "auto"
+    if any(e.params.get("activation") in ("dynamic", "static") for e in entries):
+        return "packed"
+    if place.kind != "cuda" or source.quantized_by:
+        return "auto"
+    plain = sum(info.nbytes for info in source.tensors().values())
+    return "bf16" if plain < _COMFORT * place.free_bytes else "huffman"
 
 
 @contextmanager
-def loaded(source: Source, device: str) -> Iterator[Any]:
+def loaded(source: Source, device: str, residency: str | None = None) -> Iterator[Any]:
     """Load a model for comparison, and free its memory when done.
 
     On a CPU it computes in float32 when that fits in half of the free memory, so that a small difference in a weight
     is not rounded away on the way to the output. Both models are loaded in the same way: their bits can be compared.
+    Where a `residency` is given it is that which is judged: the model computes in its own dtype.
     A stored token policy is taken off: the suite `tokens` judges it.
     """
     from tcw.runtime.load import load
 
     place = pick(device)
     single = sum(4 * info.numel for info in source.tensors().values())
-    dtype = torch.float32 if place.kind == "cpu" and single < place.free_bytes // 2 else None
-    model = load(source, residency=residency_of(source), device=device, dtype=dtype)
+    wide = residency is None and place.kind == "cpu" and single < place.free_bytes // 2
+    dtype = torch.float32 if wide else None
+    model = load(source, residency=residency or residency_of(source, place), device=device, dtype=dtype)
     model.eval()
     if (attached := getattr(model, "token_attached", None)) is not None:
         attached.detach()

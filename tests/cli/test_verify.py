@@ -122,12 +122,13 @@ def test_options_reach_the_work(tcw: Run, judged: Any, tmp_path: Path) -> None:
     tcw("verify", "a", "--reference", "b", "--suite", "outputs", "--text", text, "--max-kl", 0.5, "--min-top1", 0.9,
         "--max-ppl-rise", 0.1, "--min-greedy", 0.25, "--max-weight-error", 0.3, "--max-bits-per-weight", 4.5,
         "--max-kv-bytes", 0.25, "--max-key-nll-rise", 0.5, "--max-next-nll-rise", 0.05, "--device", "cpu",
-        "--images", tmp_path)  # fmt: skip
+        "--images", tmp_path, "--residency", "packed")  # fmt: skip
     artifact, reference, options = calls[0]
     assert (artifact, reference) == ("opened a", "opened b")
     del options["progress"]
     assert options == {
         "suites": ("outputs",), "tensors_only": False, "text": text, "device": "cpu", "images": tmp_path,
+        "residency": "packed",
         "limits": {"max_kl": 0.5, "min_top1": 0.9, "max_ppl_rise": 0.1, "min_greedy": 0.25, "max_weight_error": 0.3,
                    "max_bits_per_weight": 4.5, "max_kv_bytes": 0.25, "max_key_nll_rise": 0.5,
                    "max_next_nll_rise": 0.05},

@@ -113,6 +113,14 @@ def test_page_shows_what_failed_and_the_kv_policy() -> None:
     assert tags.open == []
 
 
+def test_page_says_what_a_residency_gave_the_bits_of() -> None:
+    plain = {"bit_identical": False, "max_abs_diff": 0.0312}
+    section = {"name": "packed", "plain": plain, "same_kernel": {"bit_identical": True}, "proved": "the same kernels"}
+    page = render(dataclasses.replace(full(), sections={"residency": section}))
+    assert "runs as `packed`" in page
+    assert "bit-identical to the same kernels; largest difference to decoded weights 0.0312" in page
+
+
 def test_page_without_a_reference() -> None:
     page = render(Verdict("identical", "a", None, TensorReport(5), skipped={"outputs": "no reference"}))
     assert "against its own manifest" in page

@@ -11,6 +11,7 @@ import pytest
 
 from tcw import methods, recipe
 from tcw.artifact import Artifact, dump_manifest
+from tcw.device import Device, pick
 from tcw.errors import FormatError, UsageError
 from tcw.pipeline import compress
 from tcw.source import Source
@@ -222,8 +223,8 @@ def test_a_lossless_method_sets_no_limits() -> None:
 )
 def test_fp8_is_run_with_the_inputs_it_will_have(spec: str, residency: str, tiny: Source, tmp_path: Path) -> None:
     artifact = Artifact.open(compress(tiny, recipe.from_specs([spec]), tmp_path / "out").artifact)
-    assert residency_of(artifact) == residency
-    assert residency_of(tiny) == "auto"
+    assert residency_of(artifact, pick("cpu")) == residency
+    assert residency_of(tiny, pick("cpu")) == "auto"
 
 
 def test_quantised_inputs_show_in_the_output(tiny: Source, tmp_path: Path) -> None:
@@ -236,3 +237,11 @@ def test_quantised_inputs_show_in_the_output(tiny: Source, tmp_path: Path) -> No
         assert found["weights"]["max_error"] < 0.05
         kl[activation] = found["logits"]["mean_kl"]
     assert kl["dynamic"] > kl["none"] > 0
+
+
+def test_on_a_gpu_weights_are_decoded_to_the_same_bits_whatever_fits(tiny: Source) -> None:
+    def gpu(free: int) -> Device:
+        return Device("a GPU", "cuda:0", "cuda", 80 << 30, free, "asked for")
+
+    assert residency_of(tiny, gpu(80 << 30)) == "bf16"
+    assert residency_of(tiny, gpu(1000)) == "huffman"

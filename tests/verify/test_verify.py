@@ -278,7 +278,7 @@ def test_texts_that_cannot_be_read(lossless: Artifact, tiny: Source, tmp_path: P
 def test_a_suite_is_one_more_file(tiny: Source, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "extra.py").write_text("# found by its name", encoding="utf-8")
     monkeypatch.setattr(suites, "__path__", [*suites.__path__, str(tmp_path)])
-    assert suites.names() == ["extra", "kv", "outputs", "tokens"]
+    assert suites.names() == ["extra", "kv", "outputs", "residency", "tokens"]
 
     def run(job: Job) -> Measured:
         return Measured({"extra": {"answer": 42}}, identical=False)

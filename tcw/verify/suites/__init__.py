@@ -21,7 +21,8 @@ from tcw.verify.verdict import Sequence
 class Job:
     """What a suite works on. `text` replaces the bundled evaluation text; `device` is as typed by the user.
 
-    `images` is a folder, or a .npy file, of pictures for suites that look at some.
+    `images` is a folder, or a .npy file, of pictures for suites that look at some. `residency` is what the suite of
+    that name judges.
     """
 
     artifact: Source
@@ -30,6 +31,7 @@ class Job:
     device: str = "auto"
     progress: Report = silent
     images: Path | None = None
+    residency: str = "auto"
 
 
 @dataclass

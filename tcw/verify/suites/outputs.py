@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tcw.data import evaluation_text
+from tcw.device import pick
 from tcw.errors import UsageError
 from tcw.events import Progress
 from tcw.verify.compare import compare, nll, worst
@@ -35,9 +36,9 @@ def run(job: Job) -> Measured:
             sequences.append(sequence)
             sums = (sums[0] + losses[0], sums[1] + losses[1])
         tokens = _generate(job, "artifact", model, plan)
-    sections: dict[str, dict[str, Any]] = {"runtime": {"residency": residency_of(job.artifact)}}
+    sections: dict[str, dict[str, Any]] = {"runtime": {"residency": residency_of(job.artifact, pick(job.device))}}
     if sequences:
-        sections["logits"] = _summary(sequences)
+        sections["logits"] = summary(sequences)
     if predicted := sum(len(f.targets) for f in plan.feeds if f.targets is not None):
         before, after = (_perplexity(s, predicted) for s in sums)
         sections["perplexity"] = {"reference": before, "artifact": after, "rise": after / before - 1}
@@ -72,7 +73,7 @@ def _judge(
     return compare(feed.label, expected[0], found[0], logits=expected[1], perplexity=perplexity), losses
 
 
-def _summary(sequences: list[Sequence]) -> dict[str, Any]:
+def summary(sequences: list[Sequence]) -> dict[str, Any]:
     """All sequences together; means are over positions."""
     weights = [s.positions for s in sequences]
     means: list[float | None] = []
