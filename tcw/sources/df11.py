@@ -117,6 +117,13 @@ class DF11Source(Source):
             raise FormatError(f"`{group}.split_positions` does not rise from 0 to {n}")
         return [(name, *edge) for name, edge in zip(names, pairwise(bounds), strict=True)]
 
+    def arrays(self, group: str) -> dict[str, np.ndarray]:
+        """The six arrays of a group, as `tcw.codecs.df11.Group` names and shapes them, unchecked."""
+        found = {part: self._read_part(group, part) for part in df11.PARTS}
+        found["luts"] = found["luts"].reshape(self._part(group, "luts")[1].info.shape)
+        found["split_positions"] = found["split_positions"].view("<i8")
+        return found
+
     def _part(self, group: str, part: str) -> tuple[Path, Slot]:
         if (name := f"{group}.{part}") not in self.stored:
             raise FormatError(f"`{self.id}` has no `{name}`", "the download may be incomplete; get all its files")
