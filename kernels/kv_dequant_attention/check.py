@@ -11,9 +11,8 @@ import sys
 
 import torch
 from tcw.kernels.kv_dequant_attention import launch
-from tcw.kernels.kv_dequant_attention.cases import CASES, SUMS, UNIT, Case, make_inputs, on
-from tcw.kernels.kv_dequant_attention.reference import Expected, attend
-from torch import Tensor
+from tcw.kernels.kv_dequant_attention.cases import CASES, UNIT, Case, make_inputs, on
+from tcw.kernels.kv_dequant_attention.reference import attend, compare
 
 
 def error_of(case: Case, device: str) -> float:
@@ -27,23 +26,6 @@ def error_of(case: Case, device: str) -> float:
         return float("inf")  # not the same bits at each run
     # the interpreter cuts BF16 off instead of rounding it
     return compare(out, lse, expected, UNIT[case.dtype] * (2 if device == "cpu" and case.dtype == "BF16" else 1))
-
-
-def compare(out: Tensor, lse: Tensor, expected: Expected, unit: float) -> float:
-    """The largest error, as a share of what is allowed where keys, values and weights lose `unit` each."""
-    if out.dtype != torch.float32 or lse.dtype != torch.float32 or out.shape != expected.out.shape:
-        return float("inf")
-    there = expected.lse > -torch.inf
-    if not torch.equal(there, lse.cpu() > -torch.inf) or bool(out.cpu()[~there].any()):
-        return float("inf")
-    logit = unit * expected.rounded + SUMS * (expected.summed + expected.lse.abs().masked_fill(~there, 0.0) + 1)
-    # weights are wrong by a factor between e^-2·logit and its inverse, and no weighted mean is farther than 2·far
-    drift = torch.minimum(torch.expm1(2 * logit)[..., None] * expected.spread, 2 * expected.far)
-    allowed = drift + (2 * unit + SUMS) * (expected.size + expected.far * unit) + 1e-30
-    errors = (out.double().cpu() - expected.out).abs() / allowed
-    errors_lse = ((lse.double().cpu() - expected.lse) / logit)[there].abs()
-    found = torch.cat([errors.flatten(), errors_lse.flatten()]).nan_to_num(nan=float("inf"))
-    return float(found.max()) if len(found) else 0.0
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tcw.kernels.kv_dequant_attention.cases import Inputs
+from tcw.kernels.kv_dequant_attention.cases import SUMS, Inputs
 from tcw.kernels.kv_dequant_attention.layout import Packed
 
 
@@ -98,3 +98,20 @@ def _there(inputs: Inputs, b: int, g: int, t: int) -> bool:
 
 def _bias(inputs: Inputs, b: int, h: int, i: int, t: int) -> float:
     return 0.0 if inputs.bias is None else float(inputs.bias[b, h, i, t])
+
+
+def compare(out: torch.Tensor, lse: torch.Tensor, expected: Expected, unit: float) -> float:
+    """The largest error, as a share of what is allowed where keys, values and weights lose `unit` each."""
+    if out.dtype != torch.float32 or lse.dtype != torch.float32 or out.shape != expected.out.shape:
+        return float("inf")
+    there = expected.lse > -torch.inf
+    if not torch.equal(there, lse.cpu() > -torch.inf) or bool(out.cpu()[~there].any()):
+        return float("inf")
+    logit = unit * expected.rounded + SUMS * (expected.summed + expected.lse.abs().masked_fill(~there, 0.0) + 1)
+    # weights are wrong by a factor between e^-2·logit and its inverse, and no weighted mean is farther than 2·far
+    drift = torch.minimum(torch.expm1(2 * logit)[..., None] * expected.spread, 2 * expected.far)
+    allowed = drift + (2 * unit + SUMS) * (expected.size + expected.far * unit) + 1e-30
+    errors = (out.double().cpu() - expected.out).abs() / allowed
+    errors_lse = ((lse.double().cpu() - expected.lse) / logit)[there].abs()
+    found = torch.cat([errors.flatten(), errors_lse.flatten()]).nan_to_num(nan=float("inf"))
+    return float(found.max()) if len(found) else 0.0

@@ -20,7 +20,9 @@ from tcw.cli.failures import describe
 from tcw.cli.output import abandon, flush, out
 
 # in the order of `tcw --help`
-COMMANDS = ("profile", "compress", "verify", "export", "run", "prompt", "info", "methods", "recipes", "doctor", "demo")
+COMMANDS = (
+    "profile", "compress", "verify", "export", "run", "prompt", "info", "methods", "recipes", "bench", "doctor", "demo",
+)  # fmt: skip
 
 EXAMPLES = (
     ("the whole tour on a small model", "tcw demo"),

@@ -20,7 +20,8 @@ The help text of every command, written by `python -m tcw.cli.docs`.
 - Exit codes: 0 done; 1 it ran and the answer is no (`verify` past a limit, `doctor` found a fault); 2 it could not
   run (`error:` and `hint:` say why); 130 interrupted. With `--json` an error is
   `{"error": {"code", "message", "hint"}}` on stderr.
-- Variables: `TCW_CACHE` (folder for converted models), `TCW_NO_PROGRESS`, `NO_COLOR`, `TCW_DEBUG=1` (tracebacks).
+- Variables: `TCW_CACHE` (folder for converted models and compiled kernels), `TCW_NO_PROGRESS`, `NO_COLOR`,
+  `TCW_DEBUG=1` (tracebacks).
 - Nothing asks a question. Output that exists is refused, unless `--force`.
 - Sizes are decimal: 1 MB is 1,000,000 bytes.
 - `tcw --install-completion` teaches the shell commands, methods, recipes and targets.

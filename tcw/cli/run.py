@@ -14,6 +14,7 @@ from tcw.units import show_bytes, show_seconds
 EXAMPLES = (
     ("ask something", 'tcw run ./smollm2.lossless "What is the capital of France?"'),
     ("keep the weights compressed in memory", 'tcw run ./smollm2.lossless "Once upon a time" --residency huffman'),
+    ("a model that the GPU cannot hold", "tcw run ./big.lossless --residency offload --device cuda"),
     ("the prompt from a pipe, the text to a file", "tcw run ./smollm2.lossless - --max-new-tokens 200"),
 )
 PROMPT = "What is the capital of France?"
@@ -26,6 +27,7 @@ class Residency(StrEnum):
     BF16 = "bf16"
     HUFFMAN = "huffman"
     PACKED = "packed"
+    OFFLOAD = "offload"
 
 
 def run(
@@ -40,7 +42,8 @@ def run(
         Residency,
         typer.Option(
             "--residency",
-            help="bf16: decode once; huffman: stay compressed, decode as needed; packed: quantised layers stay so.",
+            help="bf16: decode once; huffman: stay compressed, decode as needed; packed: multiply with codes, or with "
+            "BF16 in 12 bits; offload: stay compressed beside the GPU.",
         ),
     ] = Residency.AUTO,
     device: options.Device = "auto",

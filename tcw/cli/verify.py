@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     ("every tensor against its SHA-256", "tcw verify ./smollm2.lossless"),
-    ("and logits, perplexity and generated tokens", "tcw verify ./smollm2.lossless --reference demo:smollm2"),
-    ("exit code 1 past a limit", "tcw verify ./smaller --reference ./model --max-kl 0.02 --max-ppl-rise 0.03"),
+    ("outputs too, within limits", "tcw verify ./small --reference ./model --max-kl 0.02 --max-ppl-rise 0.03"),
     ("what the KV policy forgets, against a full cache", "tcw verify ./smaller --suite kv --max-key-nll-rise 0.1"),
     ("does it say the same with compressed weights", "tcw verify ./smollm2.lossless --residency packed"),
 )

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcw.kernels.kv_dequant_attention import Packed, kv_dequant_attention
 from tcw.kernels.kv_dequant_attention.cases import CASES, UNIT, Case, Inputs, make_inputs, on
-from tcw.kernels.kv_dequant_attention.reference import attend, unpack
+from tcw.kernels.kv_dequant_attention.reference import attend, compare, unpack
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_NAME = {case.name: case for case in CASES}
@@ -78,8 +78,6 @@ def test_a_wrong_kernel_is_noticed(interpreted: dict[str, dict[str, float]]) -> 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_operation_in_plain_torch_is_right(case: Case) -> None:
-    from tcw.kernels.kv_dequant_attention.check import compare
-
     inputs = make_inputs(case)
     out, lse = kv_dequant_attention(**vars(inputs))
     assert compare(out, lse, attend(inputs), UNIT[case.dtype]) <= 1.0

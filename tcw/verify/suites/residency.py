@@ -1,6 +1,6 @@
 """Does a model say the same where its weights stay compressed as where they are decoded? And which "same" was proved?
 
-The artifact runs twice in its own dtype: decoded once ("bf16"), and in the residency that is asked for.
+The artifact runs twice in its own dtype: in the residency that is asked for, and decoded once ("bf16").
 
     huffman, offload    decode to the bits that were stored and multiply as ever: logits must be bit-identical
     packed, lossless    kernels that sum products in an order of their own. So it runs a third time, the same kernels on
@@ -38,19 +38,17 @@ Outputs = tuple[list[tuple[torch.Tensor, bool]], list[int]]
 
 def run(job: Job) -> Measured:
     """Compare a residency with decoded weights. Raises UsageError where the model cannot live so on the device."""
-    asked = job.residency
     tokenizer = tokenizer_of(job.artifact)
-    with loaded(job.artifact, job.device, residency="bf16") as model:
-        plan = _short(plan_inputs(model, tokenizer, evaluation_text() if job.text is None else job.text))
-        expected = _run(job, PLAIN, model, plan)
     same: Outputs | None = None
-    with loaded(job.artifact, job.device, residency=asked) as model:
+    with loaded(job.artifact, job.device, residency=job.residency) as model:
         name = model.tcw_residency
+        plan = _short(plan_inputs(model, tokenizer, evaluation_text() if job.text is None else job.text))
         found = _run(job, f"weights {name}", model, plan)
-        kernels = _lossless(model)
-        if kernels:
+        if kernels := _lossless(model):
             with _on_plain_weights(kernels):
                 same = _run(job, KERNEL, model, plan)
+    with loaded(job.artifact, job.device, residency="bf16") as model:
+        expected = _run(job, PLAIN, model, plan)
     section: dict[str, Any] = {"name": name, "plain": _compared(plan, expected, found), "same_kernel": None}
     if same is not None:
         section["same_kernel"] = _compared(plan, same, found)

@@ -1,5 +1,6 @@
 """Compile a kernel's source for this processor, into a library that runs its blocks one after another."""
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -8,10 +9,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+KEPT = 7 * 24 * 3600  # seconds
 KERNELS = HERE.parents[2] / "kernels"
 BOUNDS = r"(?:__launch_bounds__\s*\([^)]*\)\s*)?"
 ENTRY = re.compile(rf'extern\s+"C"\s+__global__\s+{BOUNDS}void\s+{BOUNDS}(\w+)\s*\(')
@@ -72,23 +75,27 @@ def library(source: Path, watch: str = "") -> tuple[Path, list[str]]:
         raise HostError(f'{source.name} has no extern "C" __global__ void NAME(')
     unit = "\n".join([
         '#include "cuda_on_host.h"',
-        f'#line 1 "{source.resolve()}"',
+        f'#line 1 "{source.name}"',
         re.sub(r"\bextern(\s+)__shared__\b", r"extern\1TCW_DYNAMIC_SHARED", text),
         *(f"TCW_HOST_ENTRY({name})" for name in names),
     ])  # fmt: skip
     includes = [HERE, KERNELS / "include", source.resolve().parent]
-    options = OPTIONS + (WATCHES[watch][0] if watch else []) + [f"-I{path}" for path in includes]
+    options = OPTIONS + (WATCHES[watch][0] if watch else [])
     headers = [f for path in includes for pattern in ("*.h", "*.cuh") for f in sorted(path.glob(pattern))]
     parts = [unit, version(), *options, *(f.read_text(encoding="utf-8") for f in headers)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    built = folder() / f"{source.parent.name}-{key}.so"
-    if not built.exists():
-        build(unit, options, built)
+    built = folder() / f"{key}.so"  # wherever the source is: a test's own lies elsewhere each time
+    if not (built.exists() and built.with_suffix(".shared").exists()):
+        build(unit, [*options, *(f"-I{path}" for path in includes)], built)
     return built, names
 
 
 def build(unit: str, options: list[str], built: Path) -> None:
-    """Compile `unit` into `built`, with a list of its shared variables beside it."""
+    """Compile `unit` into `built`, with a list of its shared variables beside it. What is KEPT long enough goes."""
+    for old in folder().glob("*.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if old.stat().st_mtime < time.time() - KEPT:
+                old.unlink()
     with tempfile.TemporaryDirectory(dir=folder()) as work:
         code, made, listed = (Path(work) / name for name in ("unit.cpp", "unit.so", "unit.shared"))
         code.write_text(unit, encoding="utf-8")
