@@ -1,1 +1,1 @@
-"""Models that run: load.py gives one, quantizer.py is the hook in transformers, packed.py keeps weights compressed."""
+"""Models that run: load.py gives one, quantizer.py is the hook in transformers, residency.py says where weights lie."""

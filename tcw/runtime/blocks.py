@@ -16,6 +16,7 @@ from torch import nn
 
 from tcw.runtime.packed import Packed, decode_all
 from tcw.runtime.scratch import Scratch
+from tcw.runtime.units import home_of, stacks
 
 _ALIGN = 64  # as torch aligns its own memory
 
@@ -76,10 +77,10 @@ def attach(model: nn.Module) -> int:
         for name, parameter in module._parameters.items()
         if isinstance(parameter, Packed)
     ]
-    homes = _block_paths(model)
+    homes = stacks(model)
     owned: dict[str, list[tuple[nn.Module, str]]] = {}
     for path, module, name in packed:
-        home = next((p for p in _parents(path) if p in homes), path)
+        home = home_of(path, homes) or path
         if home in homes or not isinstance(module, nn.Embedding):  # an embedding outside the blocks is read by rows
             owned.setdefault(home, []).append((module, name))
     scratch = Scratch()
@@ -89,18 +90,3 @@ def attach(model: nn.Module) -> int:
         module.register_forward_pre_hook(block.enter, prepend=True)
         module.register_forward_hook(block.leave, always_call=True)
     return len(owned)
-
-
-def _block_paths(model: nn.Module) -> set[str]:
-    return {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        for name, _ in module.named_children()
-    }
-
-
-def _parents(path: str) -> list[str]:
-    """The path itself and all paths above it, the outermost first."""
-    names = path.split(".")
-    return [".".join(names[:k]) for k in range(1, len(names) + 1)]

@@ -10,13 +10,14 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from tcw import policies
 from tcw.artifact import QUANT_METHOD, Artifact
-from tcw.device import pick
+from tcw.device import Device, pick
 from tcw.errors import SourceError, UnknownName, UsageError
 from tcw.runtime import residency as residencies
 from tcw.runtime.quantizer import TcwConfig
 from tcw.runtime.state import lazy_state_dict
 from tcw.source import Source, open_source
 
+_HOW = {"form", "mixed", "scratch", "head", "overlap"}
 _log = logging.getLogger("tcw")
 
 
@@ -29,48 +30,52 @@ def load(
     auto_class: Any = None,
     trust_remote_code: bool = False,
     quantize_activations: bool = True,
+    **how: Any,
 ) -> Any:
     """Load a model for inference; its tensors are read, decoded and placed one at a time.
 
     Args:
         model: whatever `tcw` takes as a MODEL, or an opened Source.
-        residency: "bf16": decode once, an ordinary model; "huffman" (CPU): weights stay compressed and are decoded a
-            block at a time; "packed": quantised layers stay so and multiply with their codes; "auto": "bf16" if it fits
-            comfortably in free memory, and on every other device.
+        residency: where weights live, "auto", "bf16", "huffman", "packed" or "offload": see tcw/runtime/residency.py.
         device: "auto", "cpu", "cuda", "cuda:1", "mps"; "auto" spreads a model that one GPU cannot hold.
         dtype: cast floating tensors to it; by default the model's own.
         auto_class: an auto or model class of transformers, or its name; by default the one config.json names.
         trust_remote_code: run the Python code that comes with the model.
         quantize_activations: in "packed", round the inputs of layers where their method (fp8) says so.
+        how: more of what `TcwConfig` takes: form, mixed, scratch, head, overlap.
 
     Returns:
-        A transformers.PreTrainedModel in eval mode. In "bf16" and "huffman" its weights are the bits that were stored.
+        A transformers.PreTrainedModel in eval mode. Lossless weights are the bits that were stored, in every residency.
 
     Raises:
         SourceError, FormatError: the model cannot be read, or transformers has no class for it.
         UsageError: residency, device or class make no sense here.
+        ResourceError: the device's memory is too small for this residency.
     """
     residencies.check(residency)
     source = model if isinstance(model, Source) else open_source(model)
     config = _config(source, trust_remote_code)
     cls = _model_class(source, config, auto_class, trust_remote_code)
     wanted = _dtype(dtype)
-    if residency == residencies.HUFFMAN and device == "auto":
-        device = "cpu"
-    device_map = _device_map(source, device, residencies.loaded_bytes(source, wanted, residency))
-    devices = ["cpu"] if device_map is None else ["cuda"] if device_map == "auto" else list(device_map.values())
     if source.quantized_by:
         residency = _only_bf16(residency, source)
-    residency = residencies.settle(residency, source, wanted, devices)
-    kept = TcwConfig(residency=residency, quantize_activations=quantize_activations)
-    loaded = cls.from_pretrained(
-        None,
-        config=config,
-        state_dict=lazy_state_dict(source, residency),
-        dtype=wanted or "auto",
-        device_map=device_map,
-        quantization_config=None if residency == residencies.BF16 else kept,
-    )
+    if unknown := sorted(set(how) - _HOW):
+        raise TypeError(f"load() got an unexpected keyword argument '{unknown[0]}'")
+    picked = pick(device)
+    choice = residencies.settle(residency, source, wanted, _places(picked, device))
+    residency, how = choice.residency, {"mixed": choice.mixed, **how}
+    kept = TcwConfig(residency=residency, quantize_activations=quantize_activations, **how)
+    device_map = _device_map(source, picked, device, residencies.loaded_bytes(source, wanted, residency), residency)
+    with residencies.fitting(residency):
+        loaded = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=lazy_state_dict(source, residency, on_gpu=_on_kernels(device_map)),
+            dtype=wanted or "auto",
+            device_map=device_map,
+            quantization_config=None if residency == residencies.BF16 else kept,
+        )
+    loaded.tcw_residency = residency
     loaded.name_or_path = loaded.config.name_or_path = source.id
     _set_generation(loaded, source)
     if isinstance(source, Artifact):
@@ -138,7 +143,7 @@ def _model_class(source: Source, config: Any, auto_class: Any, trust_remote_code
 
 def _only_bf16(residency: str, source: Source) -> str:
     """What another tool has quantised goes through transformers' own code for that tool."""
-    if residency in (residencies.HUFFMAN, residencies.PACKED):
+    if residency in (residencies.HUFFMAN, residencies.PACKED, residencies.OFFLOAD):
         raise UsageError(f"`{source.id}` is quantised by {source.quantized_by}", "load it with `residency='bf16'`")
     return residencies.BF16
 
@@ -152,15 +157,28 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _device_map(source: Source, device: str, need: int) -> Any:
+def _places(picked: Device, asked: str) -> list[str]:
+    """The devices that the model may go to: all GPUs where nobody named one."""
+    if picked.kind == "cuda" and asked == "auto":
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [picked.torch_name]
+
+
+def _device_map(source: Source, picked: Device, asked: str, need: int, residency: str) -> Any:
     """Where to put the model, as transformers wants to hear it: {"": device}, "auto", or None for the CPU."""
-    picked = pick(device)
     if picked.kind == "cpu":
         return None
-    if device == "auto" and need > 0.9 * picked.free_bytes:
+    if asked == "auto" and residency != residencies.OFFLOAD and need > 0.9 * picked.free_bytes:
         _log.info("the model does not fit on %s: accelerate spreads it", picked.name)
         return "auto"
     return {"": picked.torch_name}
+
+
+def _on_kernels(device_map: Any) -> bool:
+    """Say whether all of the model goes to where kernels decode weights; "auto" is accelerate's word for GPUs."""
+    if isinstance(device_map, dict):
+        return residencies.on_kernels(device_map.values())
+    return residencies.on_kernels(["cpu" if device_map is None else "cuda"])
 
 
 def _set_generation(model: Any, source: Source) -> None:

@@ -58,6 +58,11 @@ class Store:
         self.info, self.encoded = info, encoded
         self._reader = method.reader(info, encoded)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return self.encoded.nbytes
+
     def decode(self) -> torch.Tensor:
         """Decode into a fresh tensor on the CPU. Raises FormatError when the parts are damaged."""
         data = torch.empty(self.info.nbytes, dtype=torch.uint8)
@@ -85,25 +90,36 @@ def decode_all(stores: Iterable[tuple[Store, np.ndarray]]) -> None:
 class Packed(torch.Tensor):  # type: ignore[misc]
     """A tensor whose values are compressed. It can be read in every way and changed in none."""
 
-    store: Store
+    store: Any  # what the values come from: a Store, or something that reads and decodes likewise
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, store: Store) -> "Packed":
+    def __new__(cls, store: Any) -> "Packed":
         """Make the tensor's shell; it holds no values."""
         dtype = torch_dtype(store.info)
         return torch.Tensor._make_wrapper_subclass(cls, store.info.shape, dtype=dtype)
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Any) -> None:
         self.store = store
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        info, size = self.store.info, self.store.encoded.nbytes
+        info, size = self.store.info, self.store.nbytes
         return f"Packed({info.name!r}, {info.dtype}, {list(info.shape)}, {size} of {info.nbytes} bytes)"
 
     def decode(self) -> torch.Tensor:
         """The values, decoded into a fresh tensor."""
         return self.store.decode()
+
+    def data_ptr(self) -> int:
+        """A number that only tensors of the same store share: accelerate tells tied weights by it."""
+        return id(self.store)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows by number, any integers [...] -> [..., width], decoding no others."""
+        wanted, places = torch.unique(ids, return_inverse=True)
+        if len(wanted) and not 0 <= int(wanted[0]) <= int(wanted[-1]) < self.store.info.shape[0]:
+            raise IndexError("index out of range in self")  # the words of torch
+        return _EMBEDDING(self.store.rows(wanted.long()), places)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Packed":
         return self  # it never changes
@@ -119,15 +135,7 @@ class Packed(torch.Tensor):  # type: ignore[misc]
                     f"`{value.store.info.name}` stays compressed and cannot be changed",
                     "load the model with `residency='bf16'`",
                 )
-        if func is _EMBEDDING and isinstance(args[0], cls) and not isinstance(args[1], cls):
-            return _embedding(args[0].store, *args[1:])
+        if func is _EMBEDDING and isinstance(args[0], cls) and not isinstance(args[1], cls):  # the rest: for gradients
+            return args[0].lookup(args[1])
         args, kwargs = tree_map_only(cls, lambda packed: packed.decode(), (args, kwargs or {}))
         return func(*args, **kwargs)
-
-
-def _embedding(store: Store, indices: torch.Tensor, *_: Any) -> torch.Tensor:
-    """Look rows up, decoding no others; what else the operation takes (padding and such) only concerns gradients."""
-    wanted, places = torch.unique(indices, return_inverse=True)
-    if len(wanted) and not 0 <= int(wanted[0]) <= int(wanted[-1]) < store.info.shape[0]:
-        raise IndexError("index out of range in self")  # the words of torch
-    return _EMBEDDING(store.rows(wanted.long()), places)

@@ -16,14 +16,37 @@ from tcw.runtime.linear import Quantized
 from tcw.runtime.packed import Packed, Store, from_torch, to_torch, torch_dtype
 from tcw.source import Source
 from tcw.tensor import TensorData, TensorInfo
-from tcw.weights import WeightMethod
+from tcw.weights.dfloat11 import DFloat11
+
+_CODEC = DFloat11()
+
+
+class Unread:
+    """A tensor that stays in its file until it is asked for; where a `Store` could be."""
+
+    def __init__(self, source: Source, info: TensorInfo) -> None:
+        self._source, self.info = source, info
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, once read."""
+        return self.info.nbytes
+
+    def decode(self) -> torch.Tensor:
+        """Read it."""
+        return to_torch(self._source.read(self.info.name))
+
+    def rows(self, wanted: torch.Tensor) -> torch.Tensor:
+        """Rows by number."""
+        return self.decode()[wanted]
 
 
 class LazyTensor:
     """One tensor of a source, read whenever it is indexed."""
 
-    def __init__(self, source: Source, info: TensorInfo, choice: str) -> None:
-        self._source, self._info, self._residency = source, info, choice
+    def __init__(self, source: Source, info: TensorInfo, choice: str, *, shell: bool = False) -> None:
+        """`shell`: give a `Quantized`, which notes where the tensor goes, instead of its values."""
+        self._source, self._info, self._residency, self._shell = source, info, choice, shell
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,13 +76,14 @@ class LazyTensor:
 
     def _load(self) -> torch.Tensor:
         name, source = self._info.name, self._source
+        artifact = source if isinstance(source, Artifact) and source.entry(name).method != RAW else None
+        if self._shell and artifact is not None:
+            method = methods.canonical(artifact.entry(name).method)
+            return Quantized(self._store(artifact), method, self.dtype)
+        if self._shell:
+            return Quantized(Unread(source, self._info), RAW, self.dtype)
         if self._residency == residency.HUFFMAN:
-            if isinstance(source, Artifact) and source.entry(name).method != RAW:
-                return Packed(self._store(source))
-            return pack(source.read(name))
-        if self._residency == residency.PACKED and residency.stays_packed(source, name):
-            assert isinstance(source, Artifact)
-            return Quantized(self._store(source), methods.canonical(source.entry(name).method), self.dtype)
+            return pack(source.read(name)) if artifact is None else Packed(self._store(artifact))
         return to_torch(source.read(name))
 
     def _store(self, source: Artifact) -> Store:
@@ -67,23 +91,36 @@ class LazyTensor:
         return Store(self._info, method_class(source.entry(name).method), source.encoded(name))
 
 
-def lazy_state_dict(source: Source, choice: str = residency.BF16) -> dict[str, Any]:
+def lazy_state_dict(source: Source, choice: str = residency.BF16, *, on_gpu: bool = False) -> dict[str, Any]:
     """All tensors of `source`, by name in file order, each read when indexed.
 
-    `choice`, a residency: BF16 decodes; HUFFMAN gives compressed tensors as they are stored, and compresses others that
-    it is worth for; PACKED gives quantised tensors as they are stored, and decodes the others.
+    `choice`, a residency: BF16 decodes. HUFFMAN on the CPU gives compressed tensors as they are stored, and compresses
+    others that it is worth for. PACKED, OFFLOAD and HUFFMAN on a GPU give a `Quantized` for what will not be decoded.
     """
-    return {name: LazyTensor(source, info, choice) for name, info in source.tensors().items()}
+    tensors = source.tensors()
+    shells: set[str] = set()
+    if choice == residency.PACKED:
+        shells = {name for name in tensors if residency.packs(source, name)}
+    elif choice == residency.OFFLOAD or (choice == residency.HUFFMAN and on_gpu):
+        shells = {name for name, info in tensors.items() if _CODEC.wants(info)}
+    return {name: LazyTensor(source, info, choice, shell=name in shells) for name, info in tensors.items()}
 
 
-def pack(data: TensorData) -> torch.Tensor:
-    """Compress a tensor losslessly if that makes it smaller, else return it plain."""
-    method = methods.build("dfloat11", {})
-    assert isinstance(method, WeightMethod)
-    encoded = method.encode(data) if method.wants(data.info) else None
-    return to_torch(data) if encoded is None else Packed(Store(data.info, type(method), encoded))
+def pack(data: TensorData, device: str = "cpu") -> torch.Tensor:
+    """Compress a tensor losslessly if that makes it smaller, else return it plain; `device` does the work."""
+    encoded = _CODEC.encode_on(device, data) if _CODEC.wants(data.info) else None
+    return to_torch(data) if encoded is None else Packed(Store(data.info, type(_CODEC), encoded))
 
 
 def pack_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Compress a CPU tensor as `pack` does; one that is compressed stays as it is."""
     return tensor if isinstance(tensor, Packed) else pack(from_torch(name, tensor))
+
+
+def shell(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter that is to stay compressed on a GPU: as it was loaded, or compressed now if that pays."""
+    if isinstance(tensor, Packed):
+        return tensor
+    device = str(tensor.device) if tensor.device.type == "cuda" else "cpu"
+    packed = pack(from_torch(name, tensor.cpu()), device)
+    return Quantized(packed.store, "dfloat11", tensor.dtype, tensor.device) if isinstance(packed, Packed) else tensor

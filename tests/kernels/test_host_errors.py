@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.host import HostError, HostModule, sanitizer
+from tests.kernels.host import HostError, HostModule
 
 WRONG = r"""
 #include "tcw.cuh"
@@ -93,8 +93,6 @@ def wrong(load: Load) -> HostModule:
 
 @pytest.fixture
 def watched(load: Load) -> HostModule:
-    if sanitizer() is None:
-        pytest.skip("the C++ compiler has no AddressSanitizer")
     return load(sanitize=True)
 
 
@@ -124,6 +122,8 @@ def test_threads_that_do_not_meet(wrong: HostModule, name: str, threads: int, sa
         ("deep", [WORD], "reads or writes at"),
         ("own", [WORD, np.int32(16), np.int32(1)], "writes past its 16 bytes of dynamic shared memory"),
         ("own", [WORD, np.int32(-1), np.int32(1)], "writes before its dynamic shared memory"),
+        ("own", [WORD, np.int32(500_000), np.int32(1)], r"thread \(0, 0, 0\): reads or writes at"),
+        ("own", [WORD, np.int32(-500_000), np.int32(1)], r"thread \(0, 0, 0\): reads or writes at"),
     ],
 )
 def test_the_process_lives_on(wrong: HostModule, name: str, args: list[object], says: str) -> None:

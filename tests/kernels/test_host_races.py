@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.kernels.host import HostError, HostModule, sanitizer
+from tests.kernels.host import HostError, HostModule
 
 # Each thread hands its number on to the next, round the block.
 BARRIERS = r"""
@@ -58,8 +58,6 @@ def load(host: Load, tmp_path_factory: pytest.TempPathFactory) -> Load:
 
 @pytest.fixture
 def watched(load: Load) -> HostModule:
-    if sanitizer("races") is None:
-        pytest.skip("the C++ compiler has no ThreadSanitizer")
     return load(races=True)
 
 

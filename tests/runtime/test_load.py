@@ -213,9 +213,21 @@ def test_residencies_that_make_no_sense_are_refused(zoo: Any) -> None:
     with pytest.raises(UnknownName, match="no residency named `hufman`") as error:
         tcw.load(source, residency="hufman")
     assert "did you mean `huffman`?" in error.value.hint
-    with pytest.raises(UsageError, match="runs on the CPU, not on `cuda:1`"):
-        residency.settle("huffman", source, None, ["cpu", 1])
-    assert residency.settle("auto", source, None, ["cuda:0"]) == "bf16"
+    for devices, message in (
+        (["cpu", 1], "`huffman` wants the whole model on GPUs, or all of it on the CPU"),
+        (["mps"], "on the CPU and on NVIDIA GPUs, not on `mps`"),
+        (["disk"], "on the CPU and on NVIDIA GPUs, not on `meta`"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            residency.settle("huffman", source, None, devices)
+    for devices in (["cpu"], ["cuda:0", "cpu"], ["mps"]):
+        with pytest.raises(UsageError, match="`offload` wants the model on NVIDIA GPUs"):
+            residency.settle("offload", source, None, devices)
+    assert residency.settle("huffman", source, None, [0, "cuda:1"]).residency == "huffman"
+    assert residency.settle("auto", source, None, ["mps"]).residency == "bf16"
+    for wrong in ({"head": "hole"}, {"form": "p5"}):
+        with pytest.raises(UsageError, match=r"hole|p5"):
+            tcw.load(source, residency="huffman", device="cpu", **wrong)
 
 
 def test_a_plain_folder_can_stay_compressed_too(zoo: Any) -> None:
@@ -287,6 +299,11 @@ def test_code_of_a_model_is_not_run_unasked(zoo: Any, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("raise SystemExit('ran')")
     with pytest.raises(SourceError, match="cannot read the config"):
         tcw.load(tmp_path, device="cpu")
+
+
+def test_an_option_that_does_not_exist_is_refused(zoo: Any) -> None:
+    with pytest.raises(TypeError, match="'haed'"):
+        tcw.load(zoo("llama").artifact, haed="plain")
 
 
 def test_a_class_that_does_not_fit_is_refused(zoo: Any) -> None:

@@ -27,6 +27,11 @@ WATCHES = {
                 "-fsanitize=integer-divide-by-zero,signed-integer-overflow"], "asan"),
     "races": (["-Og", "-g1", "-fsanitize=thread"], "tsan"),
 }  # fmt: skip
+WATCH_OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:redzone=1024:max_redzone=2048",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0",
+}
 
 
 class HostError(RuntimeError):
@@ -49,12 +54,16 @@ def version() -> str:
 
 @cache
 def sanitizer(watch: str = "memory") -> Path | None:
-    """The library of a sanitizer, which a process must load first; None where the compiler has none."""
+    """The library of a sanitizer, which a process must load first; None where there is none that works here."""
     short = WATCHES[watch][1]
     name = f"libclang_rt.{short}-{os.uname().machine}.so" if "clang" in version() else f"lib{short}.so"
     asked = subprocess.run([str(compiler()), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
-    path = Path(asked.stdout.strip())
-    return path.resolve() if path.is_absolute() and path.exists() else None
+    path = Path(asked.stdout.strip()).resolve()
+    if not asked.stdout.startswith("/") or not path.exists():
+        return None
+    environment = {"LD_PRELOAD": str(path), **WATCH_OPTIONS}
+    tried = subprocess.run([sys.executable, "-S", "-E", "-c", ""], env=environment, capture_output=True)
+    return path if tried.returncode == 0 else None
 
 
 @cache

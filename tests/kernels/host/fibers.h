@@ -62,8 +62,12 @@ constexpr unsigned MOST_THREADS = 1024;
 constexpr unsigned WARPS = MOST_THREADS / 32;
 constexpr size_t STACK = 256 << 10;
 constexpr unsigned SHARED_LIMIT = 99 << 10;
-constexpr unsigned MARGIN = 1024;
+constexpr unsigned MARGIN = 1024;         // before and behind shared memory, looked at after each block
+constexpr size_t PAGES = 64 << 10;        // a multiple of any processor's pages
+constexpr size_t FENCE = 16 * PAGES;      // before and behind that, nobody may touch anything
+constexpr size_t ROOM = 2 * PAGES;        // for shared memory and its margins
 constexpr unsigned char POISON = 0xA5;
+static_assert(SHARED_LIMIT + 2 * MARGIN <= ROOM, "shared memory has room");
 
 static struct {
     Index thread, block, threads, blocks;
@@ -84,7 +88,7 @@ static char* message;  // what went wrong; empty as long as nothing did
 static size_t message_size;
 
 extern "C" {
-__attribute__((used, visibility("hidden"), aligned(1024))) unsigned char tcw_arena[MARGIN + SHARED_LIMIT + MARGIN];
+__attribute__((used, visibility("hidden"), aligned(PAGES))) unsigned char tcw_arena[FENCE + ROOM + FENCE];
 // Where the library keeps variables that kernels call __shared__, as offsets from tcw_arena; build.py fills it in.
 struct TcwVariable {
     int64_t offset;
@@ -93,7 +97,9 @@ struct TcwVariable {
 __attribute__((visibility("default"))) TcwVariable tcw_variables[256];
 }
 // The array that kernels call `shared`.
-asm(".globl shared\n.hidden shared\n.set shared, tcw_arena + 1024\n");
+asm(".globl shared\n.hidden shared\n.set shared, tcw_arena + 0x100400\n");
+static_assert(FENCE + MARGIN == 0x100400, "`shared` is behind the fence and a margin");
+static unsigned char* const dynamic = tcw_arena + FENCE + MARGIN;
 
 static inline unsigned lane() { return current->number & 31; }
 

@@ -29,17 +29,19 @@ struct Launch {  // as module.py fills it
 static sigjmp_buf failed;
 static pthread_t owner;
 
-// Under AddressSanitizer, which watches all accesses, this loop may touch what is between the variables.
-__attribute__((no_sanitize("address"))) static void poison(unsigned char* from, unsigned char* to) {
-    for (; from < to; ++from) *from = POISON;
-}
-
-static void fence(const Launch& launch, bool up) {
-    (void)launch, (void)up;
+// Nobody but this file may touch what is around `shared` bytes of dynamic shared memory.
+static void fence(unsigned shared, bool up) {
+    static bool pages = false;
+    if (!pages) {
+        mprotect(tcw_arena, FENCE, PROT_NONE);
+        mprotect(tcw_arena + FENCE + ROOM, FENCE, PROT_NONE);
+        pages = true;
+    }
+    (void)shared, (void)up;
 #ifdef TCW_ASAN
     const auto set = up ? __asan_poison_memory_region : __asan_unpoison_memory_region;
-    set(tcw_arena, MARGIN);
-    set(tcw_arena + MARGIN + launch.shared, sizeof tcw_arena - MARGIN - launch.shared);
+    set(dynamic - MARGIN, MARGIN);
+    set(dynamic + shared, ROOM - MARGIN - shared);
 #endif
 }
 
@@ -58,10 +60,10 @@ static void start_threads(const Launch& launch) {
 }
 
 static void run_block(const Launch& launch) {
-    for (const TcwVariable& v : tcw_variables) poison(tcw_arena + v.offset, tcw_arena + v.offset + v.size);
-    poison(tcw_arena, tcw_arena + sizeof tcw_arena);
+    for (const TcwVariable& v : tcw_variables) memset(tcw_arena + v.offset, POISON, v.size);
+    memset(dynamic - MARGIN, POISON, MARGIN + launch.shared + MARGIN);
     start_threads(launch);
-    fence(launch, true);
+    fence(launch.shared, true);
     release(block_begins);
     unsigned warp = 0;
     do {
@@ -70,11 +72,11 @@ static void run_block(const Launch& launch) {
             run_warp(warp);
         }
     } while (!message[0] && open_barrier());
-    fence(launch, false);
+    fence(launch.shared, false);
     acquire(block_ends);
-    for (unsigned i = 0; i < MARGIN; ++i) {
-        if (tcw_arena[i] != POISON) say(nullptr, "writes before its dynamic shared memory");
-        if (tcw_arena[MARGIN + launch.shared + i] != POISON)
+    for (unsigned i = 1; i <= MARGIN; ++i) {
+        if (dynamic[-static_cast<int>(i)] != POISON) say(nullptr, "writes before its dynamic shared memory");
+        if (dynamic[launch.shared + i - 1] != POISON)
             say(nullptr, "writes past its %u bytes of dynamic shared memory", launch.shared);
     }
 }

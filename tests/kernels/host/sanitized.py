@@ -17,13 +17,6 @@ from .build import HostError
 from .worker import LINE, read, write
 
 WORKERS: dict[str, "Worker"] = {}
-OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:redzone=1024:max_redzone=2048",
-    "UBSAN_OPTIONS": "print_stacktrace=1",
-    "TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0",
-}
-
-
 FRAME = re.compile(r"\s*(#\d+ .*?\.cuh?:\d+)")
 HEADLINE = re.compile(
     r"ERROR|WARNING|runtime error|^ *(Previous )?(atomic )?(read|write) of|is located|stopped by", re.I
@@ -36,11 +29,11 @@ class Worker:
     def __init__(self, watch: str) -> None:
         library = build.sanitizer(watch)
         if library is None:
-            raise HostError(f"the C++ compiler has no sanitizer of {watch}")
+            raise HostError(f"the C++ compiler has no sanitizer of {watch} that works here")
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-E", str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={"LD_PRELOAD": str(library), "PATH": os.environ.get("PATH", ""), **OPTIONS},
+            env={"LD_PRELOAD": str(library), "PATH": os.environ.get("PATH", ""), **build.WATCH_OPTIONS},
         )  # fmt: skip
         atexit.register(self.end)
 

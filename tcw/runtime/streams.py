@@ -1,0 +1,59 @@
+"""Work beside the model: a second stream of a device, and the order that it keeps with the first one.
+
+    side = beside(device)
+    side.fork()         what `run` is given from now on begins after all that was asked of the device so far
+    side.run(work)      asked of the device, but not waited for
+    side.join()         what is asked of the device from now on begins after all that `run` was given
+
+Fork and join are events, which a CUDA graph that is being captured takes as edges: no call waits for the device. A
+captured graph must end joined. On a processor there is one order only, that of the calls.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+
+class Side:
+    """Beside a processor: `run` is done at once."""
+
+    def fork(self) -> None:
+        """Let side work wait for what was asked so far."""
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Do `work` beside."""
+        work()
+
+    def join(self) -> None:
+        """Let what comes wait for the side work."""
+
+
+class CudaSide(Side):
+    """A stream beside torch's current one, on one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def fork(self) -> None:
+        """Let side work wait for what was asked so far of the current stream."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Do `work` with the side stream as torch's current one."""
+        with torch.cuda.stream(self._stream):
+            work()
+
+    def join(self) -> None:
+        """Let what comes on the current stream wait for the side work."""
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+def beside(device: torch.device) -> Side:
+    """A side of `device`."""
+    return CudaSide(device) if device.type == "cuda" else Side()
+
+
+def capturing(device: torch.device) -> bool:
+    """Say whether a CUDA graph is being captured: then what was done outside it does not count, and vice versa."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
