@@ -11,7 +11,7 @@ from tcw.codecs import lanes
 from tcw.codecs.lanes_layout import CHUNK, LANES
 from tcw.errors import FormatError
 
-__all__ = ["Group", "check", "decode", "decode_chunks", "decode_stream", "group"]
+__all__ = ["Group", "check", "decode", "decode_checked", "decode_chunks", "decode_stream", "group"]
 
 
 def decode(group: Group, out: torch.Tensor | None = None, status: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,11 +70,17 @@ def _single(units: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
     return torch.stack([wanted, wanted + 1, first, torch.minimum(of[:, 3], first + CHUNK), of[:, 4], place], dim=1)
 
 
+def decode_checked(group: Group) -> torch.Tensor:
+    """As `decode`, and wait for it. Raises FormatError when a lane does not end with its last code."""
+    status = torch.zeros(1, dtype=torch.int32, device=group.device)
+    words = decode(group, status=status)
+    _refuse(int(status))
+    return words
+
+
 def check(group: Group) -> None:
     """Decode a group once, and wait for it. Raises FormatError when a lane does not end with its last code."""
-    status = torch.zeros(1, dtype=torch.int32, device=group.device)
-    decode(group, status=status)
-    _refuse(int(status))
+    decode_checked(group)
 
 
 def decode_stream(parts: Mapping[str, np.ndarray], params: Mapping[str, Any], numel: int) -> np.ndarray:

@@ -70,7 +70,7 @@ def load(
         loaded = cls.from_pretrained(
             None,
             config=config,
-            state_dict=lazy_state_dict(source, residency, on_gpu=_on_kernels(device_map)),
+            state_dict=lazy_state_dict(source, residency, gpu=residencies.first_gpu(_places_of(device_map))),
             dtype=wanted or "auto",
             device_map=device_map,
             quantization_config=None if residency == residencies.BF16 else kept,
@@ -174,11 +174,11 @@ def _device_map(source: Source, picked: Device, asked: str, need: int, residency
     return {"": picked.torch_name}
 
 
-def _on_kernels(device_map: Any) -> bool:
-    """Say whether all of the model goes to where kernels decode weights; "auto" is accelerate's word for GPUs."""
+def _places_of(device_map: Any) -> list[Any]:
+    """The devices of a map as transformers takes it; "auto" is accelerate's word for GPUs."""
     if isinstance(device_map, dict):
-        return residencies.on_kernels(device_map.values())
-    return residencies.on_kernels(["cpu" if device_map is None else "cuda"])
+        return list(device_map.values())
+    return ["cpu" if device_map is None else "cuda"]
 
 
 def _set_generation(model: Any, source: Source) -> None:

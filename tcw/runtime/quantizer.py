@@ -102,7 +102,7 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = False  # what transformers gets to see are the decoded tensors
         self.residency, self.mixed = quantization_config.residency, quantization_config.mixed
-        self.on_gpu = False
+        self.gpu: torch.device | None = None
         self._artifact: Artifact | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -129,12 +129,12 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
         self._artifact = source = Artifact.open(_folder(files, load_config))
         choice = residency.settle(self.residency, source, load_config.dtype, self.places(load_config))
         self.residency, self.mixed = choice.residency, choice.mixed or self.mixed
-        return lazy_state_dict(source, self.residency, on_gpu=self.on_gpu)
+        return lazy_state_dict(source, self.residency, gpu=self.gpu)
 
     def places(self, load_config: Any) -> list[Any]:
         """The devices that the model goes to; notes whether they decode weights themselves."""
         places = list((load_config.device_map or {"": "cpu"}).values())
-        self.on_gpu = residency.on_kernels(places)
+        self.gpu = residency.first_gpu(places)
         return places
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -147,7 +147,7 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_quantize_ops(self) -> Pack:
         """What transformers runs on a parameter that is to stay compressed."""
-        return Pack(on_gpu=self.on_gpu)
+        return Pack(on_gpu=self.gpu is not None)
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         """Make the model ready: an ordinary one, one of quantised layers, or one that decodes itself by blocks."""
@@ -165,7 +165,7 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.residency == residency.PACKED:
             self._pack(model)
             stay = blocks.attach(model) > 0
-        elif self.on_gpu:
+        elif self.gpu is not None:
             from tcw.runtime import resident  # with the codec's compiler
 
             config, offload = self.quantization_config, self.residency == residency.OFFLOAD
@@ -178,7 +178,7 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _pack(self, model: Any) -> None:
         config, tune = self.quantization_config, None
-        if self.on_gpu:
+        if self.gpu is not None:
             from tcw.runtime import tuning  # with the kernels
 
             tune = tuning.tune(config.form, mixed=self.mixed)

@@ -71,6 +71,11 @@ def on_kernels(devices: Iterable[Any]) -> bool:
     return all(torch.device(_name(device)).type in KERNELS for device in devices)
 
 
+def first_gpu(devices: Sequence[Any]) -> torch.device | None:
+    """The first of the devices, where all of them decode lanes themselves; else None."""
+    return torch.device(_name(devices[0])) if devices and on_kernels(devices) else None
+
+
 def check_places(choice: str, devices: Iterable[Any]) -> None:
     """Refuse a residency on devices, or a mixture of them, that it does not run on. Raises UsageError."""
     places = list(dict.fromkeys(map(_name, devices)))

@@ -13,6 +13,7 @@ from tcw import methods
 from tcw.artifact import RAW, Artifact, method_class
 from tcw.runtime import residency
 from tcw.runtime.linear import Quantized
+from tcw.runtime.on_device import DeviceReader
 from tcw.runtime.packed import Packed, Store, from_torch, to_torch, torch_dtype
 from tcw.source import Source
 from tcw.tensor import TensorData, TensorInfo
@@ -44,9 +45,15 @@ class Unread:
 class LazyTensor:
     """One tensor of a source, read whenever it is indexed."""
 
-    def __init__(self, source: Source, info: TensorInfo, choice: str, *, shell: bool = False) -> None:
-        """`shell`: give a `Quantized`, which notes where the tensor goes, instead of its values."""
+    def __init__(
+        self, source: Source, info: TensorInfo, choice: str, *, shell: bool = False, reader: DeviceReader | None = None
+    ) -> None:
+        """`shell`: give a `Quantized`, which notes where the tensor goes, instead of its values.
+
+        `reader`: decodes on a GPU what it can.
+        """
         self._source, self._info, self._residency, self._shell = source, info, choice, shell
+        self._reader = reader
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,26 +91,31 @@ class LazyTensor:
             return Quantized(Unread(source, self._info), RAW, self.dtype)
         if self._residency == residency.HUFFMAN:
             return pack(source.read(name)) if artifact is None else Packed(self._store(artifact))
-        return to_torch(source.read(name))
+        found = None if self._reader is None else self._reader.read(name)
+        return to_torch(source.read(name)) if found is None else found
 
     def _store(self, source: Artifact) -> Store:
         name = self._info.name
         return Store(self._info, method_class(source.entry(name).method), source.encoded(name))
 
 
-def lazy_state_dict(source: Source, choice: str = residency.BF16, *, on_gpu: bool = False) -> dict[str, Any]:
+def lazy_state_dict(source: Source, choice: str = residency.BF16, *, gpu: torch.device | None = None) -> dict[str, Any]:
     """All tensors of `source`, by name in file order, each read when indexed.
 
-    `choice`, a residency: BF16 decodes. HUFFMAN on the CPU gives compressed tensors as they are stored, and compresses
-    others that it is worth for. PACKED, OFFLOAD and HUFFMAN on a GPU give a `Quantized` for what will not be decoded.
+    `choice`, a residency: BF16 decodes, on `gpu` where that is given. HUFFMAN on the CPU gives compressed tensors as
+    they are stored, and compresses others that it is worth for. PACKED, OFFLOAD and HUFFMAN on a GPU give a `Quantized`
+    for what will not be decoded.
     """
     tensors = source.tensors()
     shells: set[str] = set()
     if choice == residency.PACKED:
         shells = {name for name in tensors if residency.packs(source, name)}
-    elif choice == residency.OFFLOAD or (choice == residency.HUFFMAN and on_gpu):
+    elif choice == residency.OFFLOAD or (choice == residency.HUFFMAN and gpu is not None):
         shells = {name for name, info in tensors.items() if _CODEC.wants(info)}
-    return {name: LazyTensor(source, info, choice, shell=name in shells) for name, info in tensors.items()}
+    reader = None if gpu is None or choice == residency.OFFLOAD else DeviceReader(source, gpu)
+    return {
+        name: LazyTensor(source, info, choice, shell=name in shells, reader=reader) for name, info in tensors.items()
+    }
 
 
 def pack(data: TensorData, device: str = "cpu") -> torch.Tensor:

@@ -1,0 +1,62 @@
+"""Coded tensors of a source, decoded on a GPU while a model is loaded: they cross over coded, and no processor decodes.
+
+What is read so is what `dfloat11` has coded, in an artifact or in an official DFloat11 folder. Where kernels cannot be
+compiled or launched, that is said once and the processor decodes, to the same bits.
+"""
+
+import logging
+import threading
+
+import torch
+
+from tcw.artifact import Artifact
+from tcw.cuda import NoGpu
+from tcw.errors import FormatError
+from tcw.kernels.df11_decode.folder import FolderDecoder
+from tcw.kernels.lanes_decode import decode_checked, group
+from tcw.source import Source
+from tcw.sources.df11 import DF11Source
+from tcw.weights import Encoded
+
+_log = logging.getLogger("tcw")
+
+
+class DeviceReader:
+    """Reads the coded tensors of a source on a device. Threads may share one."""
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        """Nothing is read yet."""
+        self._source, self._device = source, device
+        self._folder = FolderDecoder(source, device) if isinstance(source, DF11Source) else None
+        self._lock, self._why_not = threading.Lock(), ""
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """Decode a tensor on the device; None for one that is not coded, and where the device cannot.
+
+        Raises FormatError when its parts do not fit each other, or its codes do not end where they should.
+        """
+        if self._why_not:
+            return None
+        try:
+            if isinstance(self._source, DF11Source):
+                return self._folder.read(name) if self._folder and name in self._source.coded else None
+            if isinstance(self._source, Artifact) and self._source.entry(name).method == "dfloat11":
+                return self._decode(name, self._source.encoded(name))
+        except NoGpu as error:
+            self._give_up(f"{error.message}; {error.hint}")
+        return None
+
+    def _decode(self, name: str, encoded: Encoded) -> torch.Tensor:
+        info = self._source.tensors()[name]
+        params = {key: value for key, value in encoded.params.items() if key != "codec"}
+        try:
+            words = decode_checked(group([(encoded.parts, params, info.numel)]).to(self._device))
+        except FormatError as error:
+            raise FormatError(f"tensor `{name}`: {error.message}", error.hint) from None
+        return words.view(info.shape)
+
+    def _give_up(self, why: str) -> None:
+        with self._lock:
+            if not self._why_not:
+                _log.warning("weights are decoded on the processor: %s", why)
+            self._why_not = why
