@@ -70,6 +70,8 @@ def measure(work: Path, way: str, device: torch.device, batches: tuple[int, ...]
         yield {"what": "load", "way": way, "left_out": error.message}
         return
     held = _allocated(device) - before
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # what loading took for a while is not counted
     found = getattr(model, "tcw_residency", None)
     yield {"what": "load", "way": way, "residency": found, "weight_bytes": held if device.type == "cuda" else None}
     for batch in batches:

@@ -9,6 +9,7 @@ from tcw.kernels.lanes_decode.group import DTYPES, Group, group
 
 from tcw.codecs import lanes
 from tcw.codecs.lanes_layout import CHUNK, LANES
+from tcw.cuda.ops import define
 from tcw.errors import FormatError
 
 __all__ = ["Group", "check", "decode", "decode_checked", "decode_chunks", "decode_stream", "group"]
@@ -101,8 +102,9 @@ def _refuse(status: int) -> None:
         raise FormatError(f"lanes: lane {bad % LANES} of chunk {bad // LANES} does not end with its last code")
 
 
-@torch.library.custom_op("tcw::lanes_decode_into", mutates_args=("out", "status"), device_types="cpu")
-def _into(tensors: list[torch.Tensor], split: str, shared: int, out: torch.Tensor, status: torch.Tensor | None) -> None:
+def _into_on_cpu(
+    tensors: list[torch.Tensor], split: str, shared: int, out: torch.Tensor, status: torch.Tensor | None
+) -> None:
     """Decode the tensors of a group, on a processor."""
     from tcw.kernels.lanes_decode import cpu
 
@@ -113,7 +115,6 @@ def _into(tensors: list[torch.Tensor], split: str, shared: int, out: torch.Tenso
         status.clamp_(min=bad)
 
 
-@_into.register_kernel("cuda")
 def _into_on_gpu(
     tensors: list[torch.Tensor], split: str, shared: int, out: torch.Tensor, status: torch.Tensor | None
 ) -> None:
@@ -124,21 +125,22 @@ def _into_on_gpu(
     launch.decode(cuda.module("lanes_decode", out.device), tensors, split, shared, out, status)
 
 
-@_into.register_fake
 def _into_nothing(
     tensors: list[torch.Tensor], split: str, shared: int, out: torch.Tensor, status: torch.Tensor | None
 ) -> None:
     return None
 
 
-@torch.library.custom_op("tcw::lanes_decode", mutates_args=())
 def _new(tensors: list[torch.Tensor], split: str, numel: int, shared: int) -> torch.Tensor:
     """Decode into a tensor of its own, on any device that `lanes_decode_into` knows."""
     out = tensors[0].new_empty(numel, dtype=DTYPES[split])
-    _into(tensors, split, shared, out, None)
+    torch.ops.tcw.lanes_decode_into(tensors, split, shared, out, None)
     return out
 
 
-@_new.register_fake
 def _new_shape(tensors: list[torch.Tensor], split: str, numel: int, shared: int) -> torch.Tensor:
     return tensors[0].new_empty(numel, dtype=DTYPES[split])
+
+
+define("lanes_decode_into", cpu=_into_on_cpu, cuda=_into_on_gpu, fake=_into_nothing, mutates=["out", "status"])
+define("lanes_decode", cpu=_new, cuda=_new, fake=_new_shape)

@@ -13,6 +13,8 @@ from tcw.kernels.packed_matmul.layout import FORMS, PackedWeight, pack
 from tcw.kernels.packed_matmul.unpacking import unpack_in_torch
 from torch.nn.functional import linear
 
+from tcw.cuda.ops import define
+
 __all__ = ["MOST_ROWS", "PackedWeight", "pack", "packed_matmul", "raw_matmul", "unpack"]
 
 
@@ -92,8 +94,7 @@ def _fit(x: torch.Tensor, shape: Sequence[int], bias: torch.Tensor | None) -> No
         raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)}, not BF16 [{shape[0]}]")
 
 
-@torch.library.custom_op("tcw::packed_matmul", mutates_args=())
-def _packed_op(
+def _packed_on_cpu(
     x: torch.Tensor, tiles: torch.Tensor, index: torch.Tensor, base: torch.Tensor, escapes: torch.Tensor,
     bias: torch.Tensor | None, palette: Sequence[int], n: int,
 ) -> torch.Tensor:  # fmt: skip
@@ -104,7 +105,6 @@ def _packed_op(
     return linear(x, plain, bias)
 
 
-@_packed_op.register_kernel("cuda")
 def _packed_on_gpu(
     x: torch.Tensor, tiles: torch.Tensor, index: torch.Tensor, base: torch.Tensor, escapes: torch.Tensor,
     bias: torch.Tensor | None, palette: Sequence[int], n: int,
@@ -117,7 +117,6 @@ def _packed_on_gpu(
     return launch.matmul(cuda.module("packed_matmul", x.device), x, weight, bias)
 
 
-@_packed_op.register_fake
 def _packed_shape(
     x: torch.Tensor, tiles: torch.Tensor, index: torch.Tensor, base: torch.Tensor, escapes: torch.Tensor,
     bias: torch.Tensor | None, palette: Sequence[int], n: int,
@@ -125,13 +124,11 @@ def _packed_shape(
     return x.new_empty(x.shape[0], n)
 
 
-@torch.library.custom_op("tcw::raw_matmul", mutates_args=())
-def _raw_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _raw_on_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The operation in plain torch, for x [rows, K]."""
     return linear(x, weight, bias)
 
 
-@_raw_op.register_kernel("cuda")
 def _raw_on_gpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     from tcw.kernels.packed_matmul import launch
 
@@ -140,13 +137,11 @@ def _raw_on_gpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return launch.matmul(cuda.module("packed_matmul", x.device), x, weight, bias)
 
 
-@_raw_op.register_fake
 def _raw_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("tcw::packed_unpack", mutates_args=("out",))
-def _unpack_op(
+def _unpack_on_cpu(
     tiles: torch.Tensor, index: torch.Tensor, base: torch.Tensor, escapes: torch.Tensor, palette: Sequence[int],
     out: torch.Tensor,
 ) -> None:  # fmt: skip
@@ -156,7 +151,6 @@ def _unpack_op(
     )
 
 
-@_unpack_op.register_kernel("cuda")
 def _unpack_on_gpu(
     tiles: torch.Tensor, index: torch.Tensor, base: torch.Tensor, escapes: torch.Tensor, palette: Sequence[int],
     out: torch.Tensor,
@@ -169,9 +163,13 @@ def _unpack_on_gpu(
     launch.unpack(cuda.module("packed_matmul", out.device), weight, out)
 
 
-@_unpack_op.register_fake
 def _unpack_shape(
     tiles: torch.Tensor, index: torch.Tensor, base: torch.Tensor, escapes: torch.Tensor, palette: Sequence[int],
     out: torch.Tensor,
 ) -> None:  # fmt: skip
     return None
+
+
+define("packed_matmul", cpu=_packed_on_cpu, cuda=_packed_on_gpu, fake=_packed_shape)
+define("raw_matmul", cpu=_raw_on_cpu, cuda=_raw_on_gpu, fake=_raw_shape)
+define("packed_unpack", cpu=_unpack_on_cpu, cuda=_unpack_on_gpu, fake=_unpack_shape, mutates=["out"])

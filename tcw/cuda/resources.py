@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("ops", nargs="*", metavar="OP", help="folders of kernels/; without one, all")
     parser.add_argument("--record", action="store_true", help="write kernels/OP/resources.json")
     asked = parser.parse_args(arguments)
+    out.configure(json=False, quiet=False, verbose=False)
     for op in asked.ops or build.operations():
         try:
             built = list(compile_all([op]))

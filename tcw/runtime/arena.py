@@ -9,8 +9,9 @@ the fork lies behind all that computed with what the scratch held before, and th
 Nothing waits for the device, no memory is taken and every address stays what it was when the model was loaded, so that
 a CUDA graph can hold a run. At the end of a stack of blocks all is joined.
 
-A unit that begins while another one runs (inside it, or in another thread, which must use the same stream), or while
-gradients are recorded, which need weights after their unit has ended, is decoded into memory of its own.
+A unit that begins while another one runs (inside it, or in another thread), or while gradients are recorded, which need
+weights after their unit has ended, is decoded into memory of its own. A model that runs on another stream than before
+waits there for what it did on that one.
 """
 
 import contextlib
@@ -114,6 +115,7 @@ class Arena:
         self._last: Unit | None = None
         self._captured = False
         self._running = 0
+        self._inside: dict[int, list[Unit]] = {}  # what each thread has entered and not left
         self._lock = threading.Lock()
 
     def add(self, units: Sequence[Unit]) -> None:
@@ -132,6 +134,7 @@ class Arena:
     def enter(self, unit: Unit) -> None:
         """Put decoded parameters in place of coded ones."""
         with self._lock:
+            self._side.follow()
             if unit.running == 0:
                 alone = self._running == 0 and not torch.is_grad_enabled()
                 found = self._bring(unit) if alone else self._apart(unit)
@@ -139,22 +142,37 @@ class Arena:
                     module._parameters[name] = found[id(coded)]
             unit.running += 1
             self._running += 1
+            self._inside.setdefault(threading.get_ident(), []).append(unit)
 
     def leave(self, unit: Unit) -> None:
         """Put the coded parameters back, also after an error."""
         with self._lock:
-            if unit.running == 0:  # what failed was to enter
-                return
-            unit.running -= 1
-            self._running -= 1
-            if unit.running == 0:
-                for module, name, coded in unit.places:
-                    module._parameters[name] = coded
+            thread = threading.get_ident()
+            inside = self._inside.get(thread, [])
+            if unit in inside:  # else what failed was to enter
+                inside.remove(unit)
+                self._left(unit)
+            if not inside:
+                self._inside.pop(thread, None)
+
+    def begin(self, *_: Any) -> None:
+        """Begin a run through a stack: what this thread never left was interrupted (Ctrl-C). A forward pre-hook."""
+        with self._lock:
+            for unit in self._inside.pop(threading.get_ident(), []):
+                self._left(unit)
+
+    def _left(self, unit: Unit) -> None:
+        unit.running -= 1
+        self._running -= 1
+        if unit.running == 0:
+            for module, name, coded in unit.places:
+                module._parameters[name] = coded
 
     @contextlib.contextmanager
     def lend(self, size: int) -> Iterator[torch.Tensor]:
         """Give the first `size` bytes of the scratch, or as many elsewhere while it is in use."""
         with self._lock:
+            self._side.follow()
             free = self._running == 0 and not torch.is_grad_enabled() and size <= self.memory.numel()
             if free:
                 self._settle()

@@ -45,5 +45,5 @@ def choose(facts: Facts) -> Choice:
         if size is not None and size <= TIGHT * facts.free:
             return Choice(name, f"in BF16 it would take {show_bytes(facts.bf16)}, so {show_bytes(size)}; {free}")
     if facts.huffman is None:
-        return Choice("bf16", f"it does not fit, and cannot be kept smaller: {show_bytes(facts.bf16)}; {free}")
+        return Choice("bf16", f"it cannot be kept smaller than {show_bytes(facts.bf16)}; {free}")
     return Choice("offload", f"even coded it would take {show_bytes(facts.huffman)}; {free}")

@@ -72,7 +72,9 @@ def rows(part: Part, ids: torch.Tensor) -> torch.Tensor:
     chunks = begin + (first // CHUNK).unsqueeze(1) + torch.arange(span, device=device)  # [n, span]
     words = decode_chunks(group, chunks.clamp(max=end - 1).view(-1)).view(-1)
     places = torch.arange(ids.numel(), device=device) * (span * CHUNK) + first % CHUNK
-    return words[places.unsqueeze(1) + torch.arange(width, device=device)].view(-1, *shape[1:])
+    if not len(ids):
+        return words.new_empty(0, *shape[1:])
+    return words.unfold(0, width, 1)[places].view(-1, *shape[1:])  # an index a row, not one a word
 
 
 def _span(width: int) -> int:

@@ -18,9 +18,11 @@ from tcw.kernels.packed_matmul import PackedWeight, pack, packed_matmul, unpack
 from tcw.kernels.packed_matmul.layout import COLUMNS, ROWS
 from tcw.runtime.packed import Packed, torch_dtype
 from tcw.runtime.quantized import QuantizedWeight
+from tcw.weights.dfloat11 import stream_params
 
 _NAMES = ("tiles", "index", "base", "escapes")
 _FOUR = 4 * COLUMNS  # columns of the tiles that share a base
+_AT_ONCE = 256  # rows that are looked up: each costs 16 rows of memory, 34 MB in all where they have 4,096 columns
 
 
 class LosslessWeight(QuantizedWeight):
@@ -44,6 +46,11 @@ class LosslessWeight(QuantizedWeight):
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of W by number, int64 [n] -> `dtype` [n, in]: the rows of tiles that they lie in are unpacked."""
+        # the same numbers, which torch has checked: the last tile may have more rows than W
+        ids = torch.arange(self.shape[0], device=ids.device).index_select(0, ids)
+        return torch.cat([self._rows(some) for some in ids.split(_AT_ONCE)])
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         tall, wide = ids // ROWS, self.shape[1] // COLUMNS
         near = replace(
             self._form,
@@ -58,7 +65,8 @@ class LosslessWeight(QuantizedWeight):
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """X Wᵀ + b: [..., in] -> [..., out]."""
-        if x.dtype == torch.bfloat16 and x.shape[:-1].numel() <= self.fused_rows:
+        learns = torch.is_grad_enabled() and x.requires_grad  # the kernel has no gradient, torch's product has
+        if x.dtype == torch.bfloat16 and x.shape[:-1].numel() <= self.fused_rows and not learns:
             return packed_matmul(x, self.packed(), bias)
         return linear(x, self.dense().to(x.dtype), bias)
 
@@ -68,8 +76,7 @@ def plain_on_device(weight: Packed, method: str) -> torch.Tensor:
     if method != "dfloat11" or weight.dtype != torch_dtype(weight.store.info) or weight.device.type == "cpu":
         return weight.decode()
     encoded = weight.store.encoded
-    params = {key: value for key, value in encoded.params.items() if key != "codec"}
-    streams = group([(encoded.parts, params, weight.numel())])
+    streams = group([(encoded.parts, stream_params(weight.store.info, encoded), weight.numel())])
     return decode(streams.to(weight.device)).view(weight.shape)
 
 

@@ -10,6 +10,7 @@ idle within a stack of blocks. A stage is written again only behind the decoding
 The host's memory is page-locked where the driver allows it: only such memory is copied in the background.
 """
 
+import contextlib
 import logging
 import mmap
 import weakref
@@ -20,7 +21,7 @@ import torch
 
 from tcw.kernels.lanes_decode import Group
 from tcw.runtime.arena import Supply, Unit
-from tcw.runtime.streams import Side, beside
+from tcw.runtime.streams import Side, beside, capturing
 from tcw.runtime.units import ALIGN
 
 _log = logging.getLogger("tcw")
@@ -102,7 +103,7 @@ def views(group: Group, memory: torch.Tensor, at: int = 0) -> list[torch.Tensor]
 
 def on_host(group: Group, device: torch.device) -> Group:
     """The group in one piece of the host's memory, page-locked for copies to `device`."""
-    memory = locked(room(group)) if device.type == "cuda" else torch.empty(room(group), dtype=torch.uint8)
+    memory = locked(room(group), device) if device.type == "cuda" else torch.empty(room(group), dtype=torch.uint8)
     copied = views(group, memory)
     for to, tensor in zip(copied, group.tensors(), strict=True):
         to.copy_(tensor)
@@ -114,12 +115,23 @@ def blob(group: Group) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(group.codes.untyped_storage(), 0, (room(group),))
 
 
-def locked(size: int) -> torch.Tensor:
-    """Page-locked memory, uint8 [size]. What torch's own allocator of it takes is rounded up to a power of two."""
+def locked(size: int, device: torch.device) -> torch.Tensor:
+    """Page-locked memory for copies to `device`, uint8 [size].
+
+    What torch's own allocator of it takes is rounded up to a power of two.
+    """
     array = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # begins at a page, and shares none
     runtime, address = torch.cuda.cudart(), array.ctypes.data
     if failed := int(runtime.cudaHostRegister(address, size, 0)):
         _log.warning("the host's memory cannot be page-locked (CUDA error %d): copies run in the foreground", failed)
+        with contextlib.suppress(RuntimeError):  # CUDA remembers it, and the next kernel of torch would be blamed
+            torch.ones(1, device=device)
     else:
-        weakref.finalize(array, runtime.cudaHostUnregister, address).atexit = False  # the driver is gone by then
+        weakref.finalize(array, _unlock, address, device).atexit = False  # the driver is gone by then
     return torch.from_numpy(array)
+
+
+def _unlock(address: int, device: torch.device) -> None:
+    if not capturing(device):
+        torch.cuda.synchronize(device)  # copies may be under way
+    torch.cuda.cudart().cudaHostUnregister(address)

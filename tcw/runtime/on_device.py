@@ -17,6 +17,7 @@ from tcw.kernels.lanes_decode import decode_checked, group
 from tcw.source import Source
 from tcw.sources.df11 import DF11Source
 from tcw.weights import Encoded
+from tcw.weights.dfloat11 import stream_params
 
 _log = logging.getLogger("tcw")
 
@@ -48,9 +49,9 @@ class DeviceReader:
 
     def _decode(self, name: str, encoded: Encoded) -> torch.Tensor:
         info = self._source.tensors()[name]
-        params = {key: value for key, value in encoded.params.items() if key != "codec"}
         try:
-            words = decode_checked(group([(encoded.parts, params, info.numel)]).to(self._device))
+            streams = group([(encoded.parts, stream_params(info, encoded), info.numel)])
+            words = decode_checked(streams.to(self._device))
         except FormatError as error:
             raise FormatError(f"tensor `{name}`: {error.message}", error.hint) from None
         return words.view(info.shape)

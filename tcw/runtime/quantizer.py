@@ -103,6 +103,7 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
         self.pre_quantized = False  # what transformers gets to see are the decoded tensors
         self.residency, self.mixed = quantization_config.residency, quantization_config.mixed
         self.gpu: torch.device | None = None
+        self.is_placed = False
         self._artifact: Artifact | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -114,8 +115,12 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
             raise UnknownName("form", str(config.form), FORMS)
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        """Bytes a value of a parameter on its device: transformers sets aside that much before it loads."""
-        share = {residency.HUFFMAN: 0.68, residency.PACKED: 0.76, residency.OFFLOAD: 0.0}.get(self.residency, 1.0)
+        """Bytes a value of a parameter on its device, to spread a model, and to set memory aside before it is loaded.
+
+        For `packed` nothing is set aside: quantised weights take less than packed ones, and what fits would not.
+        """
+        packed = 0.0 if self.is_placed else 0.76
+        share = {residency.HUFFMAN: 0.68, residency.PACKED: packed, residency.OFFLOAD: 0.0}.get(self.residency, 1.0)
         return param.element_size() * (share if param.dim() > 1 else 1.0)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -134,7 +139,7 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
     def places(self, load_config: Any) -> list[Any]:
         """The devices that the model goes to; notes whether they decode weights themselves."""
         places = list((load_config.device_map or {"": "cpu"}).values())
-        self.gpu = residency.first_gpu(places)
+        self.gpu, self.is_placed = residency.first_gpu(places), True
         return places
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -198,7 +203,7 @@ class TcwQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _refuse_to_move(model: Any, change: Any, recurse: bool = True) -> Any:
     """Stand in for Module._apply, which `to`, `cuda`, `half` and the like end in: pass only what changes nothing."""
-    probe = change(torch.empty(0, dtype=model.dtype))
+    probe = change(torch.empty(0, dtype=model.dtype, device=model.device))
     if probe.dtype == model.dtype and probe.device == model.device:
         return model
     here = "the CPU" if model.device.type == "cpu" else model.device

@@ -109,10 +109,25 @@ def _auto(source: Source, dtype: torch.dtype | None, places: Sequence[Any]) -> C
         return Choice(BF16, f"the model goes to {next(p for p in places if torch.device(p).type != 'cpu')}")
     sizes = [loaded_bytes(source, dtype, PACKED), None if quantised(source) else loaded_bytes(source, dtype, HUFFMAN)]
     free = sum(pick(str(place)).free_bytes for place in places)
+    if not quantised(source) and need > COMFORT * free and not _kernels_run(places):
+        sizes = [need, None]
     faster = shapes = 0
     if not quantised(source) and dtype in (None, torch.bfloat16) and sizes[0] != need:
         faster, shapes = _measure(source, torch.device(places[0]))
     return choose(Facts(free, need, None if sizes[0] == need else sizes[0], sizes[1], faster, shapes))
+
+
+def _kernels_run(places: Sequence[Any]) -> bool:
+    """Say whether all of these GPUs can decode weights; logs why not."""
+    from tcw import cuda
+
+    try:
+        for place in places:
+            cuda.module("lanes_decode", torch.device(place))
+    except cuda.NoGpu as error:
+        _log.warning("weights cannot stay compressed: %s; %s", error.message, error.hint)
+        return False
+    return True
 
 
 def _measure(source: Source, device: torch.device) -> tuple[int, int]:

@@ -32,9 +32,9 @@ from tcw.runtime.coded import Coded, Part
 from tcw.runtime.linear import Quantized, swap
 from tcw.runtime.offload import Staging, on_host, room
 from tcw.runtime.options import AUTO, PLAIN, SLICES, WHOLE, Options
-from tcw.runtime.packed import Packed, Store, torch_dtype
+from tcw.runtime.packed import Packed, Store, from_torch, torch_dtype
 from tcw.runtime.sliced import SlicedLinear
-from tcw.runtime.state import shell
+from tcw.runtime.state import pack
 from tcw.runtime.units import Planned, Weight, home_of, plan, scratch_for, stacks, weights_of
 from tcw.units import show_bytes
 
@@ -166,7 +166,9 @@ class _Build:
         for at, made in zip(planned, units, strict=True):
             arena.hook(self.model.get_submodule(at.path), made)
         for stack in dict.fromkeys(unit.stack for unit in units if unit.stack):
-            self.model.get_submodule(stack.rpartition(".")[0]).register_forward_hook(arena.finish, always_call=True)
+            owner = self.model.get_submodule(stack.rpartition(".")[0])
+            owner.register_forward_pre_hook(arena.begin, prepend=True)
+            owner.register_forward_hook(arena.finish, always_call=True)
         return arena
 
     def _unit(self, number: int, planned: Planned, offload: bool) -> Unit:
@@ -227,5 +229,6 @@ def as_stream(tensor: torch.Tensor) -> Store | None:
     assert isinstance(tensor, Quantized)
     if tensor.method == "dfloat11" and tensor.dtype == torch_dtype(tensor.store.info):
         return tensor.store
-    coded = shell(tensor.store.info.name, tensor.store.decode().to(tensor.dtype))
+    plain = from_torch(tensor.store.info.name, tensor.store.decode().to(tensor.dtype))
+    coded = pack(plain, str(tensor.device))  # the device does the work
     return coded.store if isinstance(coded, Packed) else None

@@ -10,6 +10,7 @@ captured graph must end joined. On a processor there is one order only, that of 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -27,6 +28,9 @@ class Side:
     def join(self) -> None:
         """Let what comes wait for the side work."""
 
+    def follow(self) -> None:
+        """Let what comes wait for what was asked of the stream that was current at the last call, if another one is."""
+
 
 class CudaSide(Side):
     """A stream beside torch's current one, on one GPU."""
@@ -34,6 +38,7 @@ class CudaSide(Side):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._last: Any = None
 
     def fork(self) -> None:
         """Let side work wait for what was asked so far of the current stream."""
@@ -48,6 +53,13 @@ class CudaSide(Side):
         """Let what comes on the current stream wait for the side work."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
+    def follow(self) -> None:
+        """Order this call's stream behind the last call's; a graph is captured after all that was asked before it."""
+        now = torch.cuda.current_stream(self._device)
+        if now != self._last and self._last is not None and not capturing(self._device):
+            now.wait_stream(self._last)
+        self._last = now
+
 
 def beside(device: torch.device) -> Side:
     """A side of `device`."""
@@ -56,4 +68,7 @@ def beside(device: torch.device) -> Side:
 
 def capturing(device: torch.device) -> bool:
     """Say whether a CUDA graph is being captured: then what was done outside it does not count, and vice versa."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_current_stream_capturing())

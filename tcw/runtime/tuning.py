@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from tcw.kernels.packed_matmul import MOST_ROWS
 from tcw.runtime import autotune
 from tcw.runtime.linear import Tune
 
@@ -18,7 +19,11 @@ def tune(form: str, *, mixed: bool) -> Tune:
     """
 
     def rows(shape: autotune.Shape, device: torch.device) -> int | None:
-        table = autotune.measured([shape], form, device)
+        try:
+            table = autotune.measured([shape], form, device)
+        except torch.OutOfMemoryError:
+            _log.info("no memory is left to measure products with weights of %d x %d: they are packed", *shape)
+            return MOST_ROWS
         if mixed and not table.pays(shape, form):
             _log.info("weights of %d x %d stay BF16: no product is faster packed", *shape)
             return None

@@ -20,7 +20,7 @@ high byte is coded) and FP32 (its exponent is coded) where that pays. A tensor t
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -143,17 +143,22 @@ class _LanesReader(Reader):
         return named
 
 
-def _open(info: TensorInfo, encoded: Encoded) -> "lanes.Reader":
-    """Check the parts of a tensor. Raises FormatError."""
-    from tcw.codecs import lanes
-
+def stream_params(info: TensorInfo, encoded: Encoded) -> dict[str, Any]:
+    """The parameters of a tensor's `lanes` stream. Raises FormatError for another codec, or another dtype's stream."""
     params = dict(encoded.params)
     codec = params.pop("codec", None)
     if codec != "lanes":
         raise FormatError(f"dfloat11 cannot read the codec `{codec}`")
     if params.get("split") != SPLIT_OF.get(info.dtype):
         raise FormatError(f"it is {info.dtype}, its codes are `{params.get('split')}`")
-    return lanes.reader(encoded.parts, params, info.numel)
+    return params
+
+
+def _open(info: TensorInfo, encoded: Encoded) -> "lanes.Reader":
+    """Check the parts of a tensor. Raises FormatError."""
+    from tcw.codecs import lanes
+
+    return lanes.reader(encoded.parts, stream_params(info, encoded), info.numel)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import nn
 
 import tcw
 from tcw.runtime import arena as arena_module
-from tcw.runtime import offload, residency
+from tcw.runtime import offload, residency, streams
 from tcw.runtime.streams import Side
 from tcw.runtime.units import Planned, Weight, plan, scratch_for
 
@@ -208,3 +208,42 @@ def test_units_are_as_large_as_half_the_scratch_and_never_larger_than_a_block() 
     assert units(large) == [("layers.0.attention", "layers", 4 * small), ("layers.0.up", "layers", large), last]
     assert [path for path, _, _ in units(0)] == [*(f"layers.0.attention.{k}" for k in "qkvo"), "layers.0.up", "head"]
     assert scratch_for([Planned("", "", weights[k : k + 1]) for k in (0, 4, 1)]) == small + large
+
+
+def test_an_interrupted_run_is_forgotten_when_the_next_begins(zoo: Any, monkeypatch: Any) -> None:
+    time = watch(monkeypatch)
+    model = tcw.load(zoo("llama").artifact, residency="huffman", device="cpu", scratch=1 << 20)
+    arena = next(h.__self__ for h in model.model._forward_hooks.values() if hasattr(h, "__self__"))
+    ids = zoo("llama").inputs()["input_ids"]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].self_attn.k_proj.register_forward_hook(interrupt)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):  # which no hook of torch's hears of
+        model(ids)
+    assert arena._running == 1
+    hook.remove()
+    assert run(model, time, zoo("llama"))
+    assert time.races == []
+    assert (arena._running, arena._inside) == (0, {})
+
+
+def test_another_stream_waits_for_the_one_before(monkeypatch: Any) -> None:
+    waits: list[tuple[str, str]] = []
+
+    class Stream(str):
+        __slots__ = ()
+
+        def wait_stream(self, other: str) -> None:
+            waits.append((str(self), str(other)))
+
+    now, captured = [Stream("a")], [False]
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[0])
+    monkeypatch.setattr(streams, "capturing", lambda device: captured[0])
+    side = streams.beside(torch.device("cuda", 0))
+    for name, capture in (("a", False), ("a", False), ("b", False), ("graph", True), ("graph", True), ("a", False)):
+        now[0], captured[0] = Stream(name), capture
+        side.follow()
+    assert waits == [("b", "a"), ("a", "graph")]

@@ -3,13 +3,15 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import tcw
 from tcw.bench.clock import Times
-from tcw.runtime import autotune
+from tcw.runtime import autotune, residency, tuning
 from tcw.runtime.autotune import Table, key, measured
 from tcw.runtime.choose import Choice, Facts, choose
 
@@ -118,3 +120,29 @@ def test_the_fastest_that_fits_is_chosen(facts: Facts, residency: str, mixed: bo
     assert isinstance(found, Choice)
     assert (found.residency, found.mixed) == (residency, mixed)
     assert "100 B" in found.why
+
+
+def test_what_cannot_be_measured_is_packed(monkeypatch: Any, caplog: Any) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    caplog.set_level(logging.INFO, logger="tcw")
+    monkeypatch.setattr(autotune, "measured", full)
+    for mixed in (False, True):
+        assert tuning.tune("p4", mixed=mixed)(SHAPE, CPU) == 16
+    assert "no memory is left to measure products with weights of 64 x 256" in caplog.text
+
+
+def test_auto_without_kernels_is_bf16(zoo: Any, monkeypatch: Any, caplog: Any) -> None:
+    def none(*given: Any) -> None:
+        raise tcw.cuda.NoGpu(f"{given[-1]} is too old", "take another")
+
+    source = tcw.open_model(zoo("llama").artifact)
+    need = residency.loaded_bytes(source, None)
+    monkeypatch.setattr(residency, "KERNELS", {"cuda"})
+    monkeypatch.setattr(tcw.cuda, "module", none)
+    monkeypatch.setattr(autotune, "measured", none)
+    for free in (10 * need, int(1.2 * need), need // 2):
+        monkeypatch.setattr(residency, "pick", lambda text, free=free: SimpleNamespace(free_bytes=free))
+        assert residency.settle("auto", source, None, ["cuda:0"]).residency == "bf16"
+    assert "weights cannot stay compressed: cuda:0 is too old; take another" in caplog.text

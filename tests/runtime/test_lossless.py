@@ -58,6 +58,20 @@ def test_all_bits_are_kept_and_rows_are_read_alone(form: str, monkeypatch: Any) 
     assert torch.equal(bits(weight.rows(ids)), bits(plain[ids]))
     monkeypatch.undo()
     assert weight.rows(ids[:0]).shape == (0, 512)
+    monkeypatch.setattr(lossless, "_AT_ONCE", 2)  # no memory for all rows of a long prompt at once
+    monkeypatch.setattr(lossless, "unpack", lambda near: unpack(near) if near.shape[0] <= 32 else pytest.fail("many"))
+    assert torch.equal(bits(weight.rows(ids)), bits(plain[ids]))
+    with pytest.raises((IndexError, RuntimeError)):
+        weight.rows(torch.tensor([100]))  # the last tile has rows 96 to 111
+
+
+def test_gradients_go_through_torchs_product() -> None:
+    plain, weight = weight_of(64, 256)
+    assert weight is not None
+    x = torch.randn(2, 256).bfloat16().requires_grad_()
+    weight.linear(x, None).float().sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, (torch.ones(2, 64).bfloat16() @ plain))
 
 
 def test_what_does_not_pay_or_fit_stays_plain() -> None:

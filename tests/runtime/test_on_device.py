@@ -19,6 +19,7 @@ from tcw.runtime.on_device import DeviceReader
 from tcw.runtime.packed import to_torch
 from tcw.runtime.state import lazy_state_dict
 from tcw.source import Source, open_source
+from tcw.weights import Encoded
 
 CPU = torch.device("cpu")
 
@@ -94,4 +95,14 @@ def test_codes_that_end_elsewhere_are_refused(artifact: Artifact, monkeypatch: p
 
     monkeypatch.setattr(artifact, "encoded", damaged)
     with pytest.raises(FormatError, match=r"up_proj.*does not end with its last code"):
+        DeviceReader(artifact, CPU).read(name)
+
+
+@pytest.mark.parametrize(("key", "value", "match"), [("split", "f16", "is BF16"), ("codec", "zip", "codec `zip`")])
+def test_a_stream_of_something_else_is_refused(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, key: str, value: str, match: str
+) -> None:
+    name, right = "model.layers.0.mlp.up_proj.weight", artifact.encoded
+    monkeypatch.setattr(artifact, "encoded", lambda n: Encoded(right(n).parts, {**right(n).params, key: value}))
+    with pytest.raises(FormatError, match=rf"up_proj.*{match}"):
         DeviceReader(artifact, CPU).read(name)

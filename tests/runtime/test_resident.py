@@ -20,6 +20,7 @@ from tcw.recipe import from_specs
 from tcw.runtime import offload, residency, resident
 from tcw.runtime.arena import Arena
 from tcw.runtime.coded import Coded
+from tcw.runtime.linear import Quantized
 from tcw.runtime.options import Options
 from tcw.runtime.sliced import SlicedLinear
 from tcw.runtime.state import Unread
@@ -286,6 +287,7 @@ def test_auto_asks_for_memory_and_measurements(zoo: Any, monkeypatch: Any, caplo
     ):  # fmt: skip
         monkeypatch.setattr(residency, "pick", lambda text, free=free: SimpleNamespace(free_bytes=free))
         monkeypatch.setattr(residency, "_measure", lambda *_, faster=faster: (faster, 5))
+        monkeypatch.setattr(residency, "_kernels_run", lambda places: True)
         found = residency.settle("auto", source, None, ["cuda:0"])
         assert (found.residency, found.mixed) == (name, free > need and faster > 0)
         assert f"residency {name}: {found.why}" in caplog.text
@@ -310,7 +312,8 @@ def test_pages_of_the_host_are_locked_as_long_as_they_are_used(monkeypatch: Any,
         cudaHostUnregister=lambda at: calls.append(("unregister", at)),
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    memory = offload.locked(5000)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(("wait", 0)))
+    memory = offload.locked(5000, torch.device("cpu"))
     view = memory[100:200].fill_(7)
     at = memory.data_ptr()
     assert (memory.shape, at % 4096, calls) == ((5000,), 0, [("register", at)])
@@ -320,12 +323,18 @@ def test_pages_of_the_host_are_locked_as_long_as_they_are_used(monkeypatch: Any,
     assert view.tolist() == [7] * 100
     del view
     gc.collect()
-    assert calls == [("register", at), ("unregister", at)]
-    codes["register"] = 2
-    assert offload.locked(10).numel() == 10
+    assert calls == [("register", at), ("wait", 0), ("unregister", at)]
+    codes["register"], calls[:] = 2, []
+
+    def blamed(*_: Any, **__: Any) -> None:  # as torch's next kernel is for an error that CUDA remembers
+        calls.append(("kernel", 0))
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "ones", blamed)
+    assert offload.locked(10, torch.device("cpu")).numel() == 10
     gc.collect()
     assert "CUDA error 2" in caplog.text
-    assert [call for call, _ in calls] == ["register", "unregister", "register"]
+    assert [call for call, _ in calls] == ["register", "kernel"]
 
 
 def test_plain_tensors_wait_in_their_file(zoo: Any) -> None:
@@ -336,6 +345,14 @@ def test_plain_tensors_wait_in_their_file(zoo: Any) -> None:
     assert unread.nbytes == expected.nbytes
     assert torch.equal(unread.decode(), expected)
     assert torch.equal(unread.rows(torch.tensor([3, 5])), expected[[3, 5]])
+
+
+def test_plain_weights_are_coded_on_their_device(zoo: Any, monkeypatch: Any) -> None:
+    source, devices = tcw.open_model(zoo("llama").folder), []
+    weight = Quantized(Unread(source, source.tensors()["lm_head.weight"]), "raw", torch.bfloat16, "meta")
+    monkeypatch.setattr(resident, "pack", lambda data, device: devices.append((data.info.dtype, device)))
+    assert resident.as_stream(weight) is None
+    assert devices == [("BF16", "meta")]
 
 
 def test_the_very_kernels_run_a_model(zoo: Any, monkeypatch: Any) -> None:

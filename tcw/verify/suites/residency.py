@@ -1,6 +1,7 @@
 """Does a model say the same where its weights stay compressed as where they are decoded? And which "same" was proved?
 
-The artifact runs twice in its own dtype: in the residency that is asked for, and decoded once ("bf16").
+The artifact runs twice in its own dtype: in the residency that is asked for, and decoded once ("bf16"); on a GPU that
+cannot hold it so, decoded as it runs ("huffman"), which multiplies with the same bits.
 
     huffman, offload    decode to the bits that were stored and multiply as ever: logits must be bit-identical
     packed, lossless    kernels that sum products in an order of their own. So it runs a third time, the same kernels on
@@ -21,10 +22,11 @@ import torch
 from torch.nn.functional import linear
 
 from tcw.data import evaluation_text
+from tcw.device import pick
 from tcw.events import Progress
 from tcw.verify.compare import compare
 from tcw.verify.inputs import Feed, Plan, plan_inputs
-from tcw.verify.running import greedy, loaded, output, tokenizer_of
+from tcw.verify.running import greedy, loaded, output, residency_of, tokenizer_of
 from tcw.verify.suites import Job, Measured
 from tcw.verify.suites.outputs import summary
 from tcw.verify.verdict import Sequence
@@ -47,7 +49,8 @@ def run(job: Job) -> Measured:
         if kernels := _lossless(model):
             with _on_plain_weights(kernels):
                 same = _run(job, KERNEL, model, plan)
-    with loaded(job.artifact, job.device, residency="bf16") as model:
+    decoded = residency_of(job.artifact, pick(job.device))
+    with loaded(job.artifact, job.device, residency="huffman" if decoded == "huffman" else "bf16") as model:
         expected = _run(job, PLAIN, model, plan)
     section: dict[str, Any] = {"name": name, "plain": _compared(plan, expected, found), "same_kernel": None}
     if same is not None:
