@@ -91,6 +91,10 @@ class Supply:
         """The groups on the device, for work on the current stream."""
         return unit.groups
 
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """Memory on the device that side work reads, beside the groups themselves."""
+        return ()
+
     def ahead(self, unit: Unit) -> None:
         """Hear that `unit` will be asked for; all groups that were asked for before have been read, or will be."""
 
@@ -111,6 +115,7 @@ class Arena:
         self.device, self.supply, self._overlap = device, supply, overlap
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         self._side = side or beside(device)
+        self._side.keep([self.memory, *supply.tensors()])
         self._pending: Unit | None = None  # decoded beside, and not joined
         self._last: Unit | None = None
         self._captured = False
@@ -121,6 +126,8 @@ class Arena:
     def add(self, units: Sequence[Unit]) -> None:
         """Give units their places, and hook the modules that they run with to `enter` and `leave` afterwards."""
         for k, unit in enumerate(units):
+            here = [group for group in unit.groups if group.device.type == self.device.type]  # the others are staged
+            self._side.keep(tensor for group in here for tensor in group.tensors())
             unit.start = 0 if k % 2 == 0 else self.memory.numel() - unit.nbytes
             unit.ready = unit.parameters(unit.flats(self.memory[unit.start :]))
             if k and unit.stack and units[k - 1].stack == unit.stack:

@@ -35,7 +35,12 @@ class Staging(Supply):
         self._stages = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self._held: list[Unit | None] = [None, None]
         self._copies = copies or beside(device)
+        self._copies.keep(self._stages)
         self._under_way = False  # a copy that nothing has been joined with
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """The stages."""
+        return self._stages
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ Fork and join are events, which a CUDA graph that is being captured takes as edg
 captured graph must end joined. On a processor there is one order only, that of the calls.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +30,9 @@ class Side:
 
     def follow(self) -> None:
         """Let what comes wait for what was asked of the stream that was current at the last call, if another one is."""
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let nobody have the memory of `tensors`, once they are gone, before the side work of that time is done."""
 
 
 class CudaSide(Side):
@@ -59,6 +62,11 @@ class CudaSide(Side):
         if now != self._last and self._last is not None and not capturing(self._device):
             now.wait_stream(self._last)
         self._last = now
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Tell torch's allocator that the side stream uses tensors too."""
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
 
 
 def beside(device: torch.device) -> Side:

@@ -1,7 +1,7 @@
 """Two streams share a scratch: every pair of accesses that meet has an order, and a missing edge would be seen."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ class Timeline:
         self.seen: list[tuple[str, int, bool, int, int, str]] = []
         self.races: list[str] = []
         self.beside: list[str] = []  # what was decoded on a side
+        self.kept: dict[str, list[tuple[int, int]]] = {}  # memory that torch's allocator knows a side to use
 
     def clock(self, stream: str) -> dict[str, int]:
         return self.clocks.setdefault(stream, {stream: 0})
@@ -66,6 +67,10 @@ class Watched(Side):
     def join(self) -> None:
         if self.missing != f"{self.name} join":
             self.time.sees(self.time.now[-1], self.name)
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        kept = self.time.kept.setdefault(self.name, [])
+        kept += [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
 
 
 def watch(monkeypatch: Any, missing: str = "") -> Timeline:
@@ -112,6 +117,8 @@ def test_what_shares_memory_has_an_order(zoo: Any, monkeypatch: Any, name: str, 
     assert run(model, time, zoo(name))
     assert time.races == []
     assert bool(time.beside) is how.get("overlap", True)
+    for stream, _, _, first, last, what in time.seen:
+        assert stream == "main" or any(a <= first and last <= b for a, b in time.kept[stream]), what
 
 
 @pytest.mark.parametrize("missing", ["decode fork", "decode join", "copy fork", "copy join"])
