@@ -39,13 +39,22 @@ class DeviceReader:
         if self._why_not:
             return None
         try:
-            if isinstance(self._source, DF11Source):
-                return self._folder.read(name) if self._folder and name in self._source.coded else None
+            if self._folder is not None:
+                return self._of_folder(self._folder, name)
             if isinstance(self._source, Artifact) and self._source.entry(name).method == "dfloat11":
                 return self._decode(name, self._source.encoded(name))
         except NoGpu as error:
             self._give_up(f"{error.message}; {error.hint}")
         return None
+
+    def _of_folder(self, folder: FolderDecoder, name: str) -> torch.Tensor | None:
+        assert isinstance(self._source, DF11Source)
+        if name not in self._source.coded:
+            return None
+        weight = folder.read(name)
+        if weight.is_cuda:  # whoever takes it may be on another stream
+            torch.cuda.current_stream(weight.device).synchronize()
+        return weight
 
     def _decode(self, name: str, encoded: Encoded) -> torch.Tensor:
         info = self._source.tensors()[name]
